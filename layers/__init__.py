@@ -1,0 +1,19 @@
+"""Layers: one memory a file. `discover()` finds them all; the file system is the registry."""
+
+import importlib
+import pkgutil
+
+from layers.layer import LayerConfig
+
+
+def discover() -> tuple[type[LayerConfig], ...]:
+    """Every concrete LayerConfig defined in this room, sorted by name; a new file is found without being listed."""
+    for module in pkgutil.iter_modules(__path__):
+        if not module.ispkg:
+            importlib.import_module(f"{__name__}.{module.name}")
+
+    def leaves(cls: type[LayerConfig]) -> set[type[LayerConfig]]:
+        children = [c for c in cls.__subclasses__() if c.__module__.startswith(f"{__name__}.")]
+        return set().union(*map(leaves, children)) if children else {cls}
+
+    return tuple(sorted(leaves(LayerConfig) - {LayerConfig}, key=lambda cls: cls.__name__))

@@ -1,0 +1,118 @@
+"""The contract every layer keeps, and the alphabet it is written in.
+
+    B batch · T time · D width · H heads · G key/value head groups · K key · V value · F hidden · W words
+    N chunks · C chunk · M memories · S slots · R low rank · L layers
+
+One letter, one meaning: in names (`x_BTD`), in einsums, in fan-in and initialisers, in the axes that each Param
+carries and so in the rules of the mesh (training/layout.py).
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class Tokens(NamedTuple):
+    """All that a layer may know of its tokens besides the residual stream.
+
+    ids_BT: int32, entries of the vocabulary.
+    pos_BT: int32, place within the document. At 0 every memory forgets what came before; a negative place marks
+        padding: such a token changes no memory and is seen by nothing.
+    """
+
+    ids_BT: Array
+    pos_BT: Array
+
+
+class Out(NamedTuple):
+    """What a layer says.
+
+    y_BTD: the output, in the dtype of the input.
+    state: structure, shapes and dtypes as they came; None for None.
+    aux: named arrays. `loss/...` scalars join the objective; metrics and probes read the rest.
+    """
+
+    y_BTD: Array
+    state: Any
+    aux: dict[str, Array] = {}  # never mutated: a layer with something to say returns a dict of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """A layer on paper: hashable, checked in `__post_init__`, and enough to build one of width D."""
+
+    def build(self, D: int, *, rngs: nnx.Rngs) -> "Layer":
+        raise NotImplementedError
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """Small instances that tests, probes and benchmarks pick up: each builds at D = 64 and takes any ids below 50."""
+        return (cls(),)
+
+
+class Layer(nnx.Module):
+    """out = layer(x, tokens, state): causal, and indifferent to how time is cut.
+
+    Reading T tokens at once, in pieces of any size, or one by one gives the same y. With state None the sequence
+    starts fresh and keeps nothing (training); with a state it is continued, and the state handed back (prefill and
+    decoding are the same call).
+    """
+
+    def init_state(self, B: int, T: int) -> Any:
+        """An empty memory for B sequences of at most T tokens: a NamedTuple of arrays, or () for a layer without one."""
+        raise NotImplementedError
+
+    def __call__(self, x_BTD: Array, tokens: Tokens, state: Any = None) -> Out:
+        raise NotImplementedError
+
+
+class Einsum(nnx.Module):
+    """A linear map named by its equation, e.g. `Einsum("BTD,DHK->BTHK", D=64, H=4, K=16, rngs=rngs)`.
+
+    Letters of the weight that the output loses are its fan-in; the weight is N(0, scale² / fan_in), float32, and is
+    cast to the dtype of the input. `bias=True` adds zeros-initialised terms over the letters that the weight brings.
+    `residual=True` marks a map that writes to the residual stream (a model may scale those down with its depth).
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        *,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+        bias: bool = False,
+        residual: bool = False,
+        **sizes: int,
+    ):
+        inputs, axes, output = equation.replace("->", ",").split(",")
+        fan_in = math.prod(sizes[a] for a in axes if a in inputs and a not in output)
+        w = jax.random.normal(rngs.params(), [sizes[a] for a in axes], jnp.float32) * (scale * fan_in**-0.5)
+        self.equation = equation
+        self.w = nnx.Param(w, axes=axes, residual=residual)
+        brings = "".join(a for a in axes if a in output)
+        self.b = nnx.Param(jnp.zeros([sizes[a] for a in brings]), axes=brings, decay=False) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        return y if self.b is None else y + self.b[...].astype(x.dtype).reshape((1,) * (y.ndim - self.b[...].ndim) + self.b[...].shape)
+
+
+def positive(config: Any, *fields: str) -> None:
+    """Raises ValueError, naming the field, unless each of `fields` is at least 1. For `__post_init__`."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{type(config).__name__}.{field} is {value}: it must be at least 1")
+
+
+def divides(config: Any, part: str, whole: str) -> None:
+    """Raises ValueError, naming both fields, unless `part` divides `whole`. For `__post_init__`."""
+    a, b = getattr(config, part), getattr(config, whole)
+    if b % a:
+        near = [n for n in range(1, b + 1) if b % n == 0]
+        raise ValueError(f"{type(config).__name__}.{part} is {a}, which does not divide {whole} = {b}: try one of {near}")
