@@ -1,0 +1,55 @@
+"""Normalisations. Statistics are taken in float32 (float64 for float64 inputs); the dtype of the input comes back."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from layers.ops.precision import wide
+
+
+def rms_norm(x: Array, eps: float = 1e-6) -> Array:
+    """x / sqrt(mean(x²) + eps) over the last axis, in at least float32 (a weight usually follows)."""
+    x = x.astype(wide(x))
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+def l2_norm(x: Array, eps: float = 1e-6) -> Array:
+    """x / sqrt(sum(x²) + eps) over the last axis, in the dtype of x: unit vectors, and 0 stays 0."""
+    y = x.astype(wide(x))
+    return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned weight over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    `axes` is the letter of that axis: "D" on the residual stream, "K" or "V" per head (the weight shared by the heads).
+    """
+
+    def __init__(self, D: int, *, axes: str = "D", eps: float = 1e-6):
+        self.eps = eps
+        self.w = nnx.Param(jnp.ones([D], jnp.float32), axes=axes, decay=False)
+
+    def __call__(self, x: Array) -> Array:
+        return self.scaled(x).astype(x.dtype)
+
+    def scaled(self, x: Array) -> Array:
+        """The norm times its weight, still in at least float32."""
+        y = rms_norm(x, self.eps)
+        return y * self.w[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm(x) · weight · activation(gate): the norm comes before the gate (RetNet, GLA, Gated DeltaNet, KDA)."""
+
+    def __init__(
+        self, D: int, *, axes: str = "V", eps: float = 1e-6, activation: Callable[[Array], Array] = jax.nn.silu
+    ):
+        super().__init__(D, axes=axes, eps=eps)
+        self.activation = activation
+
+    def __call__(self, x: Array, gate: Array) -> Array:  # ty: ignore[invalid-method-override]
+        y = self.scaled(x)
+        return (y * self.activation(gate.astype(y.dtype))).astype(x.dtype)
