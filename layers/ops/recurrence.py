@@ -1,0 +1,335 @@
+"""The one recurrence that the linear family shares, as a definition and read in chunks.
+
+    S_t = diag(e^{g_t}) S_{t-1} + k_t (w_t - r_t^T S~)^T        S~ = diag(e^{g_t}) S_{t-1}  (erase="decayed")
+                                                                  or S_{t-1}                 (erase="undecayed")
+    y_t = S_t^T q_t                                              (read="inclusive")
+          (S_{t-1} + diag(u) k_t w_t^T)^T q_t                    (read="exclusive")
+
+g is the log of the decay: absent, one a head, or one a key channel. w is what is written, r the row that reads out what
+to erase (None: nothing is erased). Linear attention, RetNet, GLA and SSD have r = None; the delta rules r = beta k,
+w = beta v. Layers with several rank-one updates a token are this recurrence run with micro-steps (`micro_steps`).
+
+Within a chunk that starts from S_0, with G the running sum of g and all exponents at most 0:
+
+    L_ij = sum_d r_id k_jd e^{G_id - G_jd}  (j < i)      (I + L) U = W - (R e^{G}) S_0
+    A_ij = sum_d q_id k_jd e^{G_id - G_jd}  (j <= i)     Y = (Q e^{G}) S_0 + A U
+                                                         S_C = e^{G_C} S_0 + (K e^{G_C - G})^T U
+
+A document's start (pos 0) masks pairs across it and the terms in S_0 behind it. Padding (pos < 0) has k = 0, g = 0.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+
+from layers.ops.pairs import Rows, decayed_products
+from layers.ops.precision import HIGHEST, wide
+from layers.ops.triangular import solve_unit_lower, unit_lower_inverse
+
+Implementation = Literal["auto", "naive", "chunked", "scan", "split"]
+SHORT = 8  # up to this many tokens the definition itself is the fastest form
+
+
+class Inputs(NamedTuple):
+    """What the recurrence reads; a leaf may be None. Time is axis 1 (B T H .), or axis -2 of a chunk (B H C .)."""
+
+    q: Array
+    k: Array
+    w: Array
+    r: Array | None
+    g: Array | None  # [..., K] or, for one decay a head, [..., 1]
+    segment: Array | None  # [B, T]: counts document starts; the initial state belongs to segment 0
+    fresh: Array | None  # [B, T]: a document starts here
+    valid: Array | None  # [B, T]: not padding
+
+
+class Rule(NamedTuple):
+    exclusive: bool
+    undecayed: bool
+    bonus: Array | None  # [H, K]
+    operand: jnp.dtype | None  # matrix operands are rounded to this dtype (accelerators, bf16 inputs)
+
+
+def recurrence(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    w_BTHV: Array,
+    r_BTHK: Array | None = None,
+    log_decay: Array | None = None,
+    *,
+    state: Array | None = None,
+    pos: Array | None = None,
+    chunk: int = 64,
+    read: Literal["inclusive", "exclusive"] = "inclusive",
+    erase: Literal["decayed", "undecayed"] = "decayed",
+    bonus_HK: Array | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Array, Array]:
+    """Returns (y_BTHV in the dtype of w, final state_BHKV in float32, or float64 for float64 inputs).
+
+    log_decay: None, [B, T, H] or [B, T, H, K], at most 0. state: [B, H, K, V], None for zeros. pos: int [B, T] as in
+    layers.layer.Tokens, None for one document that goes on. The query is not scaled.
+    implementation: "naive" runs the definition token by token; "chunked" takes the schedule that suits the backend:
+    "scan" (everything inside one scan over chunks with a checkpointed body: CPU) or "split" (all chunks at once, only
+    the state in the scan: GPU, TPU); "auto" is chunked but for short pieces. All agree but for rounding.
+    """
+    B, T, H, K = q_BTHK.shape
+    dtype = wide(q_BTHK, w_BTHV)
+    if k_BTHK.shape != q_BTHK.shape or w_BTHV.shape[:3] != (B, T, H):
+        raise ValueError(f"query {q_BTHK.shape}, key {k_BTHK.shape} and value {w_BTHV.shape} do not agree")
+    if log_decay is not None and log_decay.shape not in ((B, T, H), (B, T, H, K)):
+        raise ValueError(f"log_decay is {log_decay.shape}: it must be {(B, T, H)} or {(B, T, H, K)}")
+    if implementation not in ("auto", "naive", "chunked", "scan", "split"):
+        raise ValueError(f"implementation {implementation!r}: choose naive, chunked, scan, split or auto")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}: it must be at least 1")
+
+    S = jnp.zeros((B, H, K, w_BTHV.shape[-1]), dtype) if state is None else state.astype(dtype)
+    g = log_decay if log_decay is None or log_decay.ndim == 4 else log_decay[..., None]
+    segment = fresh = valid = None
+    if pos is not None:
+        fresh, valid = pos == 0, pos >= 0
+        segment = jnp.cumsum(fresh.astype(jnp.int32), 1)
+    q, k, w = (x.astype(dtype) for x in (q_BTHK, k_BTHK, w_BTHV))
+    r, g = (None if x is None else x.astype(dtype) for x in (r_BTHK, g))
+    xs = Inputs(q, k, w, r, g, segment, fresh, valid)
+    on_cpu = jax.default_backend() == "cpu"
+    operand = q_BTHK.dtype if q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and not on_cpu else None
+    bonus = None if bonus_HK is None else bonus_HK.astype(dtype)
+    rule = Rule(read == "exclusive", erase == "undecayed", bonus, operand)
+
+    if implementation == "auto":
+        implementation = "naive" if T <= SHORT else "chunked"
+    if implementation == "chunked":
+        implementation = "scan" if on_cpu else "split"
+    run = {"naive": _naive, "scan": _scan, "split": _split}[implementation]
+    y_BTHV, S = run(xs, S, rule) if run is _naive else run(xs, S, rule, chunk)
+    return y_BTHV.astype(w_BTHV.dtype), S
+
+
+def micro_steps(
+    q_BTHK: Array, steps: list[tuple[Array, Array, Array | None, Array | None]], pos: Array | None, **options
+) -> tuple[Array, Array]:
+    """Several rank-one updates a token: `steps` are (key, write, row, log_decay) in order; the last one is read.
+
+    All steps give the same fields (None where none does). Gated DeltaProduct and RWKV-7 are of this kind.
+    """
+    n = len(steps)
+
+    def weave(parts):
+        return None if parts[0] is None else rearrange(jnp.stack(parts, 2), "B T n ... -> B (T n) ...")
+
+    k, w, r, g = (weave(parts) for parts in zip(*steps, strict=True))
+    q = weave([jnp.zeros_like(q_BTHK)] * (n - 1) + [q_BTHK])
+    if pos is not None:  # only a token's first micro-step may forget
+        pos = weave([pos] + [jnp.where(pos == 0, 1, pos)] * (n - 1))
+    y, state = recurrence(q, k, w, r, g, pos=pos, **options)
+    return y[:, n - 1 :: n], state
+
+
+def _naive(xs: Inputs, S: Array, rule: Rule) -> tuple[Array, Array]:
+    """The definition."""
+
+    def token(S, x: Inputs):
+        if x.fresh is not None:
+            S = jnp.where(x.fresh[:, None, None, None], 0, S)
+        faded = S if x.g is None else jnp.exp(x.g)[..., None] * S
+        written = x.w
+        if x.r is not None:
+            written -= jnp.einsum("BHK,BHKV->BHV", x.r, S if rule.undecayed else faded, precision=HIGHEST)
+        new = faded + x.k[..., None] * written[..., None, :]
+        seen = new
+        if rule.exclusive:
+            seen = S if rule.bonus is None else S + (rule.bonus[None] * x.k)[..., None] * x.w[..., None, :]
+        y = jnp.einsum("BHK,BHKV->BHV", x.q, seen, precision=HIGHEST)
+        return new if x.valid is None else jnp.where(x.valid[:, None, None, None], new, S), y
+
+    if xs.q.shape[1] == 1:
+        S, y = token(S, jax.tree.map(lambda x: x[:, 0], xs))
+        return y[:, None], S
+    S, y_TBHV = jax.lax.scan(token, S, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs))
+    return jnp.moveaxis(y_TBHV, 0, 1), S
+
+
+class Chunk(NamedTuple):
+    """A chunk before its state is known; each [..., B, H, C, .]."""
+
+    read: Array  # (Q e^G): what reads S_0
+    scores: Array  # A
+    lower: Array | None  # L
+    erase: Array | None  # (R e^G)
+    write: Array  # W
+    keys: Array  # K e^{G_C - G}
+    keep: Array | None  # e^{G_C}: [..., B, H, K or 1, 1]; None for 1
+    extra: Array | None  # the bonus of the exclusive read
+
+
+def _intra(x: Inputs, entering: Array | None, rule: Rule) -> Chunk:
+    """All of a chunk that does not need its state. `entering` [..., B]: the segment that S_0 belongs to."""
+    C = x.q.shape[-2]
+    causal = jnp.tril(jnp.ones((C, C), bool))
+    strict = jnp.tril(jnp.ones((C, C), bool), -1)
+    continues = alive = keep = None
+    if x.segment is not None:
+        same = (x.segment[..., :, None] == x.segment[..., None, :])[..., None, :, :]
+        causal, strict = (same & m.reshape((1,) * (same.ndim - 2) + m.shape) for m in (causal, strict))
+        last = x.segment[..., -1:]
+        continues = (x.segment == entering[..., None])[..., None, :, None]
+        alive = (x.segment == last)[..., None, :, None]
+        keep = (last == entering[..., None])[..., None, :, None]
+
+    def only(mask, value):
+        return value if mask is None else jnp.where(mask, value, 0)
+
+    q, k, w, r, g = x.q, x.k, x.w, x.r, x.g
+    read_mask = strict if rule.exclusive else causal
+    if g is None:
+        products = [_triangle(_mm(q, k, rule, transpose=True), read_mask)]
+        if r is not None:
+            products.append(_triangle(_mm(r, k, rule, transpose=True), strict))
+        read, erase, keys, fade = q, r, k, None
+    else:
+        tril = jnp.tril(jnp.ones((C, C), g.dtype))
+        G = jnp.einsum("ij,...jk->...ik", tril, g, precision=HIGHEST)  # far faster here than cumsum
+        before = G - g
+        Gq = before if rule.exclusive else G
+        Gr = before if rule.undecayed else G
+        total = G[..., -1:, :]
+        read = q * jnp.exp(Gq)
+        erase = None if r is None else r * jnp.exp(Gr)
+        keys = k * jnp.exp(total - G)
+        fade = jnp.swapaxes(jnp.exp(total), -1, -2)
+        if g.shape[-1] == 1:
+            decay = _fade(Gq, G, read_mask)
+            products = [_mm(q, k, rule, transpose=True) * decay]
+            if r is not None:
+                same_decay = rule.exclusive == rule.undecayed
+                L = _mm(r, k, rule, transpose=True)
+                products.append(_triangle(L * decay, strict) if same_decay else L * _fade(Gr, G, strict))
+        else:
+            rows = [Rows(q, Gq, not rule.exclusive)] + ([] if r is None else [Rows(r, Gr, False)])
+            products = [
+                p if x.segment is None else jnp.where(m, p, 0)
+                for p, m in zip(decayed_products(rows, k, G), (read_mask, strict), strict=False)
+            ]
+    if keep is not None:
+        fade = keep.astype(q.dtype) if fade is None else jnp.where(keep, fade, 0)
+    extra = None
+    if rule.bonus is not None:
+        extra = jnp.einsum("...HCK,HK,...HCK->...HC", q, rule.bonus, k, precision=HIGHEST)[..., None] * w
+    return Chunk(
+        only(continues, read),
+        products[0],
+        products[1] if r is not None else None,
+        None if erase is None else only(continues, erase),
+        w,
+        only(alive, keys),
+        fade,
+        extra,
+    )
+
+
+def _triangle(product: Array, mask: Array) -> Array:
+    return jnp.where(mask.reshape((1,) * (product.ndim - mask.ndim) + mask.shape), product, 0)
+
+
+def _fade(Gq: Array, G: Array, mask: Array) -> Array:
+    """e^{Gq_i - G_j} where the mask allows, else 0; the argument is masked, so that no gradient is 0 times infinity."""
+    gap = Gq - jnp.swapaxes(G, -1, -2)
+    return jnp.exp(jnp.where(mask.reshape((1,) * (gap.ndim - mask.ndim) + mask.shape), gap, -jnp.inf))
+
+
+def _mm(a: Array, b: Array, rule: Rule, transpose: bool = False) -> Array:
+    """a @ b, or a @ b^T: float32 products in full float32 on every backend, bf16 operands accumulated in float32."""
+    b = jnp.swapaxes(b, -1, -2) if transpose else b
+    if rule.operand is None:
+        return jnp.matmul(a, b, precision=HIGHEST)
+    return jnp.matmul(a.astype(rule.operand), b.astype(rule.operand), preferred_element_type=a.dtype)
+
+
+def _step(S: Array, c: Chunk, rule: Rule, solve=solve_unit_lower) -> tuple[Array, Array]:
+    """S_0 -> (S_C, Y)."""
+    U = c.write
+    if c.erase is not None:
+        U = solve(c.lower, U - _mm(c.erase, S, rule))
+    y = _mm(c.read, S, rule) + _mm(c.scores, U, rule)
+    S = S if c.keep is None else c.keep * S
+    return S + _mm(jnp.swapaxes(c.keys, -1, -2), U, rule), y if c.extra is None else y + c.extra
+
+
+def _cut(xs: Inputs, chunk: int, group: int = 1) -> tuple[Inputs, Array | None, int]:
+    """Chunks first, heads before time: [N, B, H, C, .]. Returns (chunks, the segment entering each [N, B], C)."""
+    T = xs.q.shape[1]
+    C = min(chunk, -(-T // 8) * 8)
+    pad = -T % (C * group)
+    k, g, segment = xs.k, xs.g, xs.segment
+    if xs.valid is not None:
+        k = jnp.where(xs.valid[..., None, None], k, 0)
+        g = None if g is None else jnp.where(xs.valid[..., None, None], g, 0)
+
+    def heads(x):
+        if x is None:
+            return None
+        x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+        return rearrange(x, "B (N C) H K -> N B H C K", C=C)
+
+    entering = None
+    if segment is not None:
+        segment = rearrange(jnp.pad(segment, ((0, 0), (0, pad)), mode="edge"), "B (N C) -> N B C", C=C)
+        entering = jnp.concatenate([jnp.zeros_like(segment[:1, :, 0]), segment[:-1, :, -1]])
+    return Inputs(heads(xs.q), heads(k), heads(xs.w), heads(xs.r), heads(g), segment, None, None), entering, C
+
+
+def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
+    """Everything in one scan over chunks; the backward pass recomputes its body, so only inputs and states are kept.
+
+    Where a state is larger than the inputs of its chunk, states are kept for groups of four chunks only.
+    """
+    T, K, V = xs.q.shape[1], *S.shape[-2:]
+    group = 4 if T > 8 * chunk and K * V > chunk * (2 * K + V) else 1
+    chunks, entering, _ = _cut(xs, chunk, group)
+
+    @jax.checkpoint
+    def body(S, inputs):
+        x, entering = inputs
+        return _step(S, _intra(x, entering, rule), rule)
+
+    inputs = (chunks, entering)
+    if group == 1:
+        S, y = jax.lax.scan(body, S, inputs)
+    else:
+        inputs = jax.tree.map(lambda x: rearrange(x, "(N n) ... -> N n ...", n=group), inputs)
+        S, y = jax.lax.scan(jax.checkpoint(lambda S, x: jax.lax.scan(body, S, x)), S, inputs)
+        y = rearrange(y, "N n ... -> (N n) ...")
+    return rearrange(y, "N B H C V -> B (N C) H V")[:, :T], S
+
+
+def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
+    """All chunks at once; the scan carries nothing but the state. Recomputed whole in the backward pass."""
+
+    @jax.checkpoint
+    def run(xs: Inputs, S: Array):
+        chunks, entering, _ = _cut(xs, chunk)
+        c = _intra(chunks, entering, rule)
+        if c.erase is None:
+            added = _mm(jnp.swapaxes(c.keys, -1, -2), c.write, rule)
+
+            def advance(S, x):
+                keep, added = x
+                return (S if keep is None else keep * S) + added, S
+
+            last, entry = jax.lax.scan(advance, S, (c.keep, added))
+            y = _mm(c.read, entry, rule) + _mm(c.scores, c.write, rule)
+            y = y if c.extra is None else y + c.extra
+        else:
+            inverse = unit_lower_inverse(c.lower)
+            written = jnp.matmul(inverse, c.write, precision=HIGHEST)
+            erase = jnp.matmul(inverse, c.erase, precision=HIGHEST)
+            c = c._replace(write=written, erase=erase, lower=None)
+            last, y = jax.lax.scan(lambda S, c: _step(S, c, rule, solve=lambda _, U: U), S, c)
+        return rearrange(y, "N B H C V -> B (N C) H V")[:, : xs.q.shape[1]], last
+
+    return run(xs, S)
