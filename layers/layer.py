@@ -75,7 +75,7 @@ class Einsum(nnx.Module):
     """A linear map named by its equation, e.g. `Einsum("BTD,DHK->BTHK", D=64, H=4, K=16, rngs=rngs)`.
 
     Letters of the weight that the output loses are its fan-in; the weight is N(0, scale² / fan_in), float32, and is
-    cast to the dtype of the input. `bias=True` adds zeros-initialised terms over the letters that the weight brings.
+    cast to the dtype of the input. (`fan_in` in its metadata marks it as a matrix: Muon trains those.) `bias=True` adds zeros-initialised terms over the letters that the weight brings.
     `residual=True` marks a map that writes to the residual stream (a model may scale those down with its depth).
     """
 
@@ -90,16 +90,20 @@ class Einsum(nnx.Module):
         **sizes: int,
     ):
         inputs, axes, output = equation.replace("->", ",").split(",")
-        fan_in = math.prod(sizes[a] for a in axes if a in inputs and a not in output)
-        w = jax.random.normal(rngs.params(), [sizes[a] for a in axes], jnp.float32) * (scale * fan_in**-0.5)
+        lost = "".join(a for a in axes if a in inputs and a not in output)
+        deviation = scale * math.prod(sizes[a] for a in lost) ** -0.5
+        w = jax.random.normal(rngs.params(), [sizes[a] for a in axes], jnp.float32) * deviation
         self.equation = equation
-        self.w = nnx.Param(w, axes=axes, residual=residual)
+        self.w = nnx.Param(w, axes=axes, fan_in=lost, residual=residual)
         brings = "".join(a for a in axes if a in output)
         self.b = nnx.Param(jnp.zeros([sizes[a] for a in brings]), axes=brings, decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
-        return y if self.b is None else y + self.b[...].astype(x.dtype).reshape((1,) * (y.ndim - self.b[...].ndim) + self.b[...].shape)
+        if self.b is None:
+            return y
+        b = self.b[...].astype(x.dtype)
+        return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
 
 
 def positive(config: Any, *fields: str) -> None:

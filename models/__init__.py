@@ -1,0 +1,1 @@
+"""Models: layers composed into language models, and their generation."""

@@ -1,0 +1,222 @@
+"""A language model: words are embedded, pass a flat list of residual layers, and are predicted.
+
+    x = embed(ids) ;  for each layer: x = x + layer(norm(x)) ;  logits = head(norm(x))
+
+Layers come as stages: a pattern of layers that repeats. The parameters of a stage's repeats are stacked (leading axis L),
+whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU).
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from layers.layer import LayerConfig, Out, Tokens, positive
+from layers.norm import RMSNorm
+
+State = tuple[tuple[tuple[Any, ...], ...], ...]  # by stage, repeat, layer of the pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A pattern of layers, run `repeats` times."""
+
+    pattern: tuple[LayerConfig, ...]
+    repeats: int = 1
+
+    def __post_init__(self):
+        positive(self, "repeats")
+        if not self.pattern:
+            raise ValueError("Stage.pattern is empty: give it at least one layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A language model on paper.
+
+    W: words in the vocabulary. D: width. stages: the layers, in order.
+    tied: one matrix embeds and predicts. norm_eps: of every norm on the residual stream.
+    residual_scale: maps that write to the residual stream start at this factor of their own init; "depth" is one over
+        the square root of the number of layers.
+    scan_layers: run the repeats of a stage by a scan; "auto" does so when there are more than 8.
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "block" (each repeat whole).
+    dtype: of activations and of matrix operands; parameters are float32.
+    softcap: logits become softcap * tanh(logits / softcap).
+    """
+
+    W: int
+    D: int
+    stages: tuple[Stage, ...]
+    tied: bool = False
+    norm_eps: float = 1e-6
+    residual_scale: float | Literal["depth"] = "depth"
+    scan_layers: Literal["auto", "always", "never"] = "auto"
+    remat: Literal["none", "dots", "block"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    softcap: float | None = None
+
+    def __post_init__(self):
+        positive(self, "W", "D")
+        if not self.stages:
+            raise ValueError("LM.stages is empty: give it at least one Stage")
+
+    @property
+    def depth(self) -> int:
+        return sum(len(s.pattern) * s.repeats for s in self.stages)
+
+    def build(self, *, rngs: nnx.Rngs) -> "LanguageModel":
+        return LanguageModel(self, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One repeat of a pattern."""
+
+    def __init__(self, pattern: tuple[LayerConfig, ...], D: int, eps: float, *, rngs: nnx.Rngs):
+        self.norms = nnx.List([RMSNorm(D, eps=eps) for _ in pattern])
+        self.layers = nnx.List([config.build(D, rngs=rngs) for config in pattern])
+
+    def __call__(self, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
+        after, aux = [], {}
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            out = layer(norm(x_BTD), tokens, None if states is None else states[i])
+            y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
+            x_BTD = x_BTD + y_BTD
+            after.append(out.state)
+            aux |= {f"{i}/{name}": value for name, value in out.aux.items()}
+        return x_BTD, None if states is None else tuple(after), aux
+
+
+class LanguageModel(nnx.Module):
+    def __init__(self, config: LM, *, rngs: nnx.Rngs):
+        self.config, W, D = config, config.W, config.D
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D]) * D**-0.5, axes="WD")
+        self.stages = nnx.List([self._stage(stage, rngs) for stage in config.stages])
+        self.norm = RMSNorm(D, eps=config.norm_eps)
+        self.head = None if config.tied else nnx.Param(jnp.zeros([W, D]), axes="WD")
+
+    def _stage(self, stage: Stage, rngs: nnx.Rngs) -> Block:
+        config = self.config
+
+        def build(key: Array) -> Block:
+            return Block(stage.pattern, config.D, config.norm_eps, rngs=nnx.Rngs(params=key))
+
+        block = jax.vmap(build)(jax.random.split(rngs.params(), stage.repeats))
+        scale = config.depth**-0.5 if config.residual_scale == "depth" else config.residual_scale
+        for variable in jax.tree.leaves(block, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            if variable.get_metadata().get("residual"):
+                variable[...] = variable[...] * scale
+        return block
+
+    def init_state(self, B: int, T: int) -> State:
+        """Empty memories for B sequences of at most T tokens: by stage, repeat and layer."""
+        return tuple(
+            tuple(tuple(layer.init_state(B, T) for layer in block.layers) for block in unstack(stack, stage.repeats))
+            for stack, stage in zip(self.stages, self.config.stages, strict=True)
+        )
+
+    def unstacked(self) -> "LanguageModel":
+        """The same model with the repeats of each stage laid out apart, so that a decoding loop copies no weights."""
+        twin = nnx.clone(self)
+        twin.stages = nnx.List(
+            [
+                nnx.List(unstack(stack, stage.repeats))
+                for stack, stage in zip(self.stages, self.config.stages, strict=True)
+            ]
+        )
+        return twin
+
+    def hidden(self, tokens: Tokens, state: State | None = None, *, skip: tuple[str, ...] = ()) -> Out:
+        """The residual stream after the last norm, [B, T, D] in the compute dtype.
+
+        skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
+        still advance). aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's stacked, as "stage.*.layer/name".
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        if self.embed[...].dtype == jnp.float64:  # a model cast to float64 is a judge: compute in it
+            dtype = jnp.dtype(jnp.float64)
+        x_BTD = jnp.take(self.embed[...].astype(dtype), tokens.ids_BT, axis=0) * jnp.asarray(config.D**0.5, dtype)
+        after, aux = [], {}
+        for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
+            states = None if state is None else state[s]
+            keep = _kept(stage, s, skip)
+            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep)
+            after.append(states)
+            aux |= {f"{s}.{name}": value for name, value in said.items()}
+        return Out(self.norm(x_BTD), None if state is None else tuple(after), aux)
+
+    def _run(self, stage: Stage, blocks: Any, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
+        config, apart = self.config, isinstance(blocks, nnx.List)
+        scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
+
+        def call(block, x_BTD, states, keep):
+            return block(x_BTD, tokens, states, keep)
+
+        if config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            call = jax.checkpoint(call, policy=policy)
+
+        if scan and not apart:
+
+            def body(x_BTD, xs):
+                x_BTD, after, aux = call(xs[0], x_BTD, xs[1], xs[2])
+                return x_BTD, (after, aux)
+
+            stacked = None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+            x_BTD, (after, said) = jax.lax.scan(body, x_BTD, (blocks, stacked, keep))
+            after = None if states is None else tuple(unstack(after, stage.repeats))
+            return x_BTD, after, {f"*.{name}": value for name, value in said.items()}
+
+        after, aux = [], {}
+        for r, block in enumerate(blocks if apart else unstack(blocks, stage.repeats)):
+            x_BTD, new, said = call(
+                block, x_BTD, None if states is None else states[r], None if keep is None else keep[r]
+            )
+            after.append(new)
+            aux |= {f"{r}.{name}": value for name, value in said.items()}
+        return x_BTD, None if states is None else tuple(after), aux
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] -> float32 [..., W]."""
+        head = self.embed if self.head is None else self.head
+        wide = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
+        logits = jnp.einsum("...D,WD->...W", hidden, head[...].astype(hidden.dtype), preferred_element_type=wide)
+        cap = self.config.softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def __call__(self, tokens: Tokens, state: State | None = None, *, skip: tuple[str, ...] = ()) -> Out:
+        """y is float32 logits [B, T, W]."""
+        out = self.hidden(tokens, state, skip=skip)
+        return Out(self.logits(out.y_BTD), out.state, out.aux)
+
+
+def unstack(stacked: Any, repeats: int) -> list[Any]:
+    """A pytree with a leading axis -> a list of pytrees. One split a leaf: its gradient is one concatenation."""
+    leaves, treedef = jax.tree.flatten(stacked)
+    split = [jax.lax.split(leaf, [1] * repeats, axis=0) for leaf in leaves]
+    return [
+        jax.tree.unflatten(treedef, [jax.lax.squeeze(parts[i], [0]) for parts in split]) for i in range(repeats)
+    ]
+
+
+def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
+    """Which layers run, bool [repeats, layers of the pattern]; None for all."""
+    names = [[(f"{index}.{r}.{i}", f"{index}.*.{i}") for i in range(len(stage.pattern))] for r in range(stage.repeats)]
+    keep = [[not set(pair) & set(skip) for pair in row] for row in names]
+    return None if all(map(all, keep)) else jnp.array(keep)
+
+
+def check_skip(config: LM, skip: tuple[str, ...]) -> None:
+    """Raises ValueError for a name in `skip` that no layer answers to."""
+    known = {
+        f"{s}.{r}.{i}"
+        for s, stage in enumerate(config.stages)
+        for r in [*range(stage.repeats), "*"]
+        for i in range(len(stage.pattern))
+    }
+    unknown = [name for name in skip if name not in known]
+    if unknown:
+        raise ValueError(f"skip names {unknown[0]!r}, which no layer has: they are {sorted(known)}")

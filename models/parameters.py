@@ -1,0 +1,67 @@
+"""A module's parameters as a flat dict with readable names, e.g. "stages.0.layers.1.query.w".
+
+Training, checkpoints and layouts deal in these dicts: flattening a module costs Python time for each of its leaves, so
+a step is given the dict and puts the module together while it is traced.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax import Array
+
+Params = dict[str, Array]
+
+
+class Spec(NamedTuple):
+    """What a parameter says of itself."""
+
+    shape: tuple[int, ...]
+    axes: str  # a letter an axis (layers/layer.py); "L" leads where layers are stacked
+    decay: bool  # whether weight decay applies
+    residual: bool  # whether it writes to the residual stream
+    fan_in: str  # of a matrix: the axes that a product sums over; "" for what is not a matrix
+
+
+class Structure(NamedTuple):
+    """All of a module but its arrays."""
+
+    treedef: Any
+    specs: dict[str, Spec]
+
+    def module(self, params: Params) -> Any:
+        return jax.tree.unflatten(self.treedef, [params[name] for name in self.specs])
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _name(path: Any) -> str:
+    keys = re.findall(r"[A-Za-z_]\w*|\d+", jax.tree_util.keystr(path))
+    return ".".join(k for k in keys if k != "value")
+
+
+def flatten(module: Any) -> tuple[Params, Structure]:
+    """(parameters by name, structure); works on a module of arrays, tracers or ShapeDtypeStructs alike."""
+    variables = jax.tree.leaves_with_path(module, is_leaf=_is_variable)
+    leaves, treedef = jax.tree.flatten(module)
+    if len(leaves) != len(variables):
+        raise TypeError("a module holds an array that is not a Param: keep constants in its config")
+    params, specs = {}, {}
+    for (path, variable), leaf in zip(variables, leaves, strict=True):
+        meta = variable.get_metadata()
+        axes = meta.get("axes", "")
+        name = _name(path)
+        if len(axes) < len(leaf.shape):
+            axes = "L" * (len(leaf.shape) - len(axes)) + axes
+        params[name] = leaf
+        specs[name] = Spec(
+            tuple(leaf.shape),
+            axes,
+            decay=meta.get("decay", True),
+            residual=meta.get("residual", False),
+            fan_in=meta.get("fan_in", ""),
+        )
+    return params, Structure(treedef, specs)

@@ -1,0 +1,140 @@
+"""An experiment on paper: what is trained, on what, how, and over which devices."""
+
+import dataclasses
+from typing import Literal
+
+from layers.layer import positive
+from models.lm import LM
+from training.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run, as a factor of its peak: warm-up, then a shape.
+
+    warmup: steps from 0 to the peak. shape: "cosine" falls to `final` over the run; "wsd" stays at the peak and falls
+    linearly over the last `decay` fraction of the run; "constant" stays.
+    """
+
+    warmup: int = 100
+    shape: Literal["cosine", "wsd", "constant"] = "cosine"
+    final: float = 0.1
+    decay: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay."""
+
+    lr: float = 3e-3
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    schedule: Schedule = Schedule()
+
+    def __post_init__(self):
+        _above_zero(self, "lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon (orthogonalised momentum, Jordan 2024) for matrices, AdamW for embeddings and all else.
+
+    lr: of the matrices; their updates are scaled to a root mean square of 0.2 lr, so that it reads as an AdamW rate
+    (arXiv 2502.16982). adam_lr: of all else; None for lr.
+    """
+
+    lr: float = 5e-3
+    adam_lr: float | None = None
+    momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    schedule: Schedule = Schedule()
+
+    def __post_init__(self):
+        _above_zero(self, "lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long, and what is written when.
+
+    steps: optimiser steps. log_every, eval_every, checkpoint_every: in steps; 0 for never (a run always evaluates and
+        checkpoints at its end).
+    eval_batches: held-out batches an evaluation reads; None for all.
+    clip: largest norm of the gradient; None for no clipping.
+    accumulate: parts that a batch is taken in, their gradients summed.
+    ema: decay of a running average of the parameters, evaluated instead of them; None for none.
+    z_loss: weight of the mean squared log-partition of the logits.
+    bad_steps: steps in a row with a non-finite loss or gradient before the run stops. Such a step changes nothing.
+    keep_last, keep_best: checkpoints kept, newest and by held-out loss.
+    seed: of parameters and of the data's order.
+    """
+
+    steps: int = 1000
+    log_every: int = 10
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    eval_batches: int | None = 32
+    clip: float | None = 1.0
+    accumulate: int = 1
+    ema: float | None = None
+    z_loss: float = 0.0
+    bad_steps: int = 20
+    keep_last: int = 2
+    keep_best: int = 1
+    seed: int = 0
+    tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self):
+        positive(self, "steps", "accumulate", "bad_steps", "keep_last", "log_every")
+        for field in ("eval_every", "checkpoint_every"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"Train.{field} is {getattr(self, field)}: give steps, or 0 for never")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"Train.ema is {self.ema}: give a decay between 0 and 1, such as 0.999, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices in a grid, and how parameters lie on it. Batches are split over `data`.
+
+    data, model: devices along each axis; -1 for all that are left.
+    layout: "replicated"; "fsdp" (widths over `data`); "tensor" (heads, hidden and words over `model`); "fsdp+tensor".
+    """
+
+    data: int = -1
+    model: int = 1
+    layout: Literal["replicated", "fsdp", "tensor", "fsdp+tensor"] = "replicated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of. `description` is the line that `train.py --help` shows.
+
+    parameters: how many the model has: a config states it, a test compares it with the model that is built.
+    sample: a prompt that the trained model continues at the end of the run; None for none.
+    """
+
+    description: str
+    model: LM
+    data: DataConfig
+    optimizer: AdamW | Muon = AdamW()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    parameters: int | None = None
+    sample: str | None = None
+
+    def __post_init__(self):
+        if self.data.B % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, which does not divide data.B = {self.data.B}"
+            )
+
+
+def _above_zero(config: object, field: str) -> None:
+    if not getattr(config, field) > 0:
+        raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")

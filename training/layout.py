@@ -1,0 +1,89 @@
+"""From letters to devices: one rule table lays out parameters, optimiser state and batches alike."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models.parameters import Spec
+from training.experiment import Mesh
+
+RULES = {  # the first letter of a parameter that has a rule and divides takes the mesh axis; each axis is taken once
+    "replicated": {},
+    "fsdp": {"D": "data"},
+    "tensor": {"H": "model", "G": "model", "F": "model", "W": "model"},
+    "fsdp+tensor": {"H": "model", "G": "model", "F": "model", "W": "model", "D": "data"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    mesh: jax.sharding.Mesh
+    rules: dict[str, str]
+
+    def spec(self, spec: Spec) -> PartitionSpec:
+        taken: set[str] = set()
+        parts: list[str | None] = []
+        for letter, size in zip(spec.axes, spec.shape, strict=True):
+            axis = self.rules.get(letter)
+            if axis is None or axis in taken or self.mesh.shape[axis] == 1 or size % self.mesh.shape[axis]:
+                parts.append(None)
+            else:
+                taken.add(axis)
+                parts.append(axis)
+        return PartitionSpec(*parts)
+
+    def params(self, specs: dict[str, Spec]) -> dict[str, NamedSharding]:
+        return {name: NamedSharding(self.mesh, self.spec(spec)) for name, spec in specs.items()}
+
+    def like(self, tree: Any, specs: dict[str, Spec]) -> Any:
+        """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape."""
+
+        def place(path: Any, leaf: Any) -> NamedSharding:
+            for key in reversed(path):
+                spec = specs.get(getattr(key, "key", getattr(key, "name", "")))
+                if spec is not None and spec.shape == tuple(leaf.shape):
+                    return NamedSharding(self.mesh, self.spec(spec))
+            return self.replicated
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Rows over `data`."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    def report(self, specs: dict[str, Spec]) -> list[str]:
+        """What stays whole although a rule names one of its letters, and why."""
+        lines = []
+        for name, spec in specs.items():
+            ruled = [a for a in spec.axes if a in self.rules and self.mesh.shape[self.rules[a]] > 1]
+            if ruled and not any(self.spec(spec)):
+                sizes = ", ".join(f"{a} = {spec.shape[spec.axes.index(a)]}" for a in ruled)
+                lines.append(f"{name} is replicated: {sizes} does not divide over {self.rules[ruled[0]]}")
+        return lines
+
+
+def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layout:
+    """The mesh of a config over the devices at hand. Raises ValueError, with the fix, where sizes do not divide."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "model": config.model}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError("mesh.data and mesh.model are both -1: fix one of them")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if fixed < 1 or len(devices) % fixed or (not free and fixed > len(devices)):
+        raise ValueError(f"mesh has {sizes} but there are {len(devices)} devices: their product must divide that")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if B % sizes["data"]:
+        raise ValueError(f"data.B is {B}, which does not divide over mesh.data = {sizes['data']}: choose a multiple")
+    count = sizes["data"] * sizes["model"]
+    grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
+    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout])

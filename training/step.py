@@ -1,0 +1,118 @@
+"""The training step and the evaluation step: pure functions over parameters by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from layers.layer import Tokens
+from models.loss import score
+from models.parameters import Params, Structure
+from training.data import Batch
+from training.experiment import Experiment
+
+State = dict[str, Any]  # params, opt, counters, and ema where there is one
+LOG2 = float(np.log(2))
+
+
+def init_state(experiment: Experiment, params: Params, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step. counters: int32 `step`, `skipped` (bad steps in all), `bad` (bad steps in a row)."""
+    counters = {name: jnp.zeros([], jnp.int32) for name in ("step", "skipped", "bad")}
+    state = {"params": params, "opt": optimizer.init(params), "counters": counters}
+    if experiment.train.ema is not None:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+def train_step(
+    experiment: Experiment,
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    token_bytes: np.ndarray,
+    labelled: int | None,
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """(state, batch) -> (state, metrics). Jit it with the state donated.
+
+    The loss is the mean over the labelled positions of the whole batch, however it is cut into parts. A step with a
+    non-finite loss or gradient leaves parameters, optimiser and average as they were, and is counted.
+    """
+    train = experiment.train
+
+    def objective(params: Params, batch: Batch, asked: Array) -> tuple[Array, dict[str, Array]]:
+        model = structure.module(params)
+        out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT))
+        s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
+        nll = jnp.sum(s.nll)
+        loss = nll / asked + train.z_loss * jnp.sum(s.squared_log_z) / asked
+        extra = {name: jnp.mean(value) for name, value in out.aux.items() if value.dtype != jnp.bool_}
+        for name, value in extra.items():
+            if name.split("/", 1)[1].startswith("loss/"):
+                loss = loss + value / train.accumulate
+        text = jnp.sum(jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked)
+        return loss, {"nll": nll, "correct": jnp.sum(s.correct), "bytes": text} | {
+            f"aux/{name}": value / train.accumulate for name, value in extra.items()
+        }
+
+    def gradients(params: Params, batch: Batch) -> tuple[tuple[Array, dict[str, Array]], Params]:
+        asked = jnp.maximum(jnp.sum(batch.labels_BT >= 0), 1).astype(jnp.float32)
+        value_and_grad = jax.value_and_grad(objective, has_aux=True)
+        if train.accumulate == 1:
+            return value_and_grad(params, batch, asked)
+        parts = jax.tree.map(lambda x: x.reshape(train.accumulate, -1, *x.shape[1:]), batch)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, asked)), None
+
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), asked)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        params = state["params"]
+        (loss, said), grads = gradients(params, batch)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt = optimizer.update(grads, state["opt"], params)
+        new = {"params": optax.apply_updates(params, updates), "opt": opt}
+        if train.ema is not None:
+            new["ema"] = jax.tree.map(lambda a, p: train.ema * a + (1 - train.ema) * p, state["ema"], new["params"])
+        kept = {name: state[name] for name in new}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
+        old, bad = state["counters"], 1 - good.astype(jnp.int32)
+        new["counters"] = {
+            "step": old["step"] + 1,
+            "skipped": old["skipped"] + bad,
+            "bad": (old["bad"] + 1) * bad,
+        }
+        asked = jnp.maximum(jnp.sum(batch.labels_BT >= 0), 1).astype(jnp.float32)
+        metrics = {
+            "loss": loss,
+            "bits_per_byte": said["nll"] / LOG2 / jnp.maximum(said["bytes"], 1),
+            "accuracy": said["correct"] / asked,
+            "grad_norm": norm,
+            "skipped": new["counters"]["skipped"],
+            "bad": new["counters"]["bad"],
+        }
+        return new, metrics | {name: value for name, value in said.items() if name.startswith("aux/")}
+
+    return step
+
+
+def eval_step(
+    structure: Structure, token_bytes: np.ndarray, labelled: int | None = None, skip: tuple[str, ...] = ()
+) -> Callable[[Params, Batch], dict[str, Array]]:
+    """(params, batch) -> sums over the batch: nll, correct and asked by position [T] (or [labelled]), and bytes."""
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+        model = structure.module(params)
+        out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT), skip=skip)
+        s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
+        text = jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked
+        sums = {"nll": s.nll, "correct": s.correct, "asked": s.asked, "bytes": text}
+        return {name: jnp.sum(value, 0) for name, value in sums.items()}
+
+    return evaluate
