@@ -1,0 +1,124 @@
+"""Random draws from (seed, index) alone, vectorised over rows.
+
+A row of a probe is a pure function of its seed and its index: the same in any batch, on any machine and any Python.
+So nothing here holds a generator; every draw is a hash of (seed, stream, index, number of the draw), in integer
+arithmetic and in float64 operations that IEEE 754 rounds exactly. `stream` is a small integer that keeps the draws of
+one purpose apart from those of another.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of splitmix64 (Steele, Lea & Flood 2014)
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: Words) -> Words:
+    """The finaliser of splitmix64, in place: a bijection of 64-bit words in which every bit reaches every other."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def fold(seed: int, *data: int) -> int:
+    """A 64-bit seed made of `seed` and more integers: another one for every other tuple, up to hash collisions."""
+    state = 0
+    for value in (seed, *data):
+        state = int(_mix(np.array([((state ^ value) + _GOLDEN) & _MASK], np.uint64))[0])
+    return state
+
+
+def bits(seed: int, stream: int, index_N: Ints, count: int) -> Words:
+    """64 random bits for each of draws 0..count-1 of each row: uint64 [N, count]."""
+    key_N = np.uint64(fold(seed, stream)) + index_N.astype(np.uint64) * np.uint64(_GOLDEN)
+    step_C = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mix(_mix(key_N)[:, None] + step_C)
+
+
+def integers(seed: int, stream: int, index_N: Ints, count: int, below: int) -> Ints:
+    """Draws from 0..below-1, int64 [N, count]; uniform up to a relative bias of below / 2^32."""
+    words = bits(seed, stream, index_N, (count + 1) // 2).astype("<u8", copy=False)
+    halves = words.view("<u4")[:, :count].astype(np.int64)  # two 32-bit draws a word, the low half first
+    halves *= below
+    halves >>= 32
+    return halves
+
+
+def distinct(seed: int, stream: int, index_N: Ints, count: int, below: int) -> Ints:
+    """`count` different integers from 0..below-1, in random order: int64 [N, count], no table of size `below`.
+
+    A row is the first `count` different values of an endless sequence of uniform draws, which is exactly a draw
+    without replacement. How far the sequence must be read depends on the row; its values do not.
+    """
+    if count > below:
+        raise ValueError(f"cannot draw {count} different integers from {below}")
+    seen = np.arange(count)
+    mean, spread = np.sum(below / (below - seen)), np.sqrt(np.sum(seen * below / (below - seen) ** 2.0))
+    read = math.ceil(mean + 4 * spread)
+    out_NC = np.empty([len(index_N), count], np.int64)
+    todo_M = np.arange(len(index_N))
+    while len(todo_M):
+        value = integers(seed, stream, index_N[todo_M], read, below)
+        # Sort by (value, time): the head of each run is that value's first occurrence; then sort those by time.
+        value <<= 32
+        value += np.arange(read)
+        value.sort(axis=1)
+        first = np.ones(value.shape, bool)
+        np.not_equal(value[:, 1:] >> 32, value[:, :-1] >> 32, out=first[:, 1:])
+        by_time = np.where(first, (value & 0xFFFFFFFF) << 32 | value >> 32, np.iinfo(np.int64).max)
+        by_time.sort(axis=1)
+        enough = by_time[:, count - 1] != np.iinfo(np.int64).max
+        out_NC[todo_M[enough]] = by_time[enough, :count] & 0xFFFFFFFF
+        todo_M, read = todo_M[~enough], 2 * read
+    return out_NC
+
+
+def weighted_order(seed: int, stream: int, index_N: Ints, weights: npt.NDArray[np.float64], count: int) -> Ints:
+    """`count` different places of `weights`, drawn one after another without replacement: int64 [N, count].
+
+    Each draw picks among the places left, with probability proportional to their weights. That is the order of arrival
+    of independent exponential clocks with these rates, so one sort does all the draws.
+    """
+    time = exponential(bits(seed, stream, index_N, len(weights)))
+    time /= weights
+    # Positive floats order like their bits. The place goes where the last bits were, so one sort brings it along.
+    key = time.view(np.int64)
+    low = (1 << len(weights).bit_length()) - 1
+    key &= ~low
+    key |= np.arange(len(weights))
+    key.sort(axis=1)
+    return key[:, :count] & low
+
+
+def permutation(seed: int, stream: int, count: int) -> Ints:
+    """A random order of 0..count-1: int64 [count]."""
+    words = bits(seed, stream, np.zeros(1, np.int64), count)[0]
+    return np.argsort(words, kind="stable")
+
+
+def exponential(words: Words) -> npt.NDArray[np.float64]:
+    """Standard exponential draws, float64, from 64-bit words: -log of a uniform draw in (0, 1).
+
+    The logarithm is spelled out because libraries round theirs differently in the last bit: with frexp, sums, products
+    and quotients alone every machine gets the same number (absolute error below 1e-14).
+    """
+    uniform = (words >> np.uint64(11)).astype(np.float64)
+    uniform += 0.5
+    mantissa, power = np.frexp(uniform)  # mantissa in [1/2, 1)
+    centre = math.sqrt(0.5)
+    z = (mantissa - centre) / (mantissa + centre)  # log(mantissa / centre) = 2 artanh(z), |z| < 0.172
+    square = z * z
+    series = np.full_like(z, 2 / 17)
+    for odd in range(15, 0, -2):
+        series *= square
+        series += 2 / odd
+    series *= z
+    # -log(uniform · 2^-53) = (53 + 1/2 - power) log 2 - 2 artanh(z)
+    return (53.5 - power) * math.log(2) - series
