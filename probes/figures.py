@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from probes.evaluation import Score
 
@@ -27,7 +28,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
-    "axes.titlepad": 12,
+    "axes.titlepad": 20,
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8.5,
@@ -64,7 +65,9 @@ def recall_curve(
                 markeredgecolor="white", capsize=2, elinewidth=1, clip_on=False, zorder=3,
             )  # fmt: skip
             ends.append((max(zip(xs, ys, strict=True)), name, colour))
-        _guide(axes, [s.plateau for _, s in slices], [s.chance for _, s in slices], range(len(slices)))
+        for x, (_, s) in enumerate(slices):
+            _guide(axes, s.plateau, s.chance, (x - 0.3, x + 0.3))
+        _name_guides(axes)
         _name_ends(axes, ends)
         axes.set_xticks(range(len(slices)), [f"{pairs}\n{length:,}" for length, pairs in place])
         axes.set_xlim(-0.35, len(slices) - 0.65)
@@ -94,9 +97,18 @@ def learning_curve(
             axes.plot(xs, ys, color=colour, clip_on=False, zorder=3)
             reached = next((p for p in points if goal is not None and p[1] >= goal), None)
             if reached:
-                axes.plot(*reached, color=colour, marker=marker, markersize=7, markeredgecolor="white", zorder=4)
+                axes.plot(
+                    *reached,
+                    color=colour,
+                    marker=marker,
+                    markersize=7,
+                    markeredgecolor="white",
+                    zorder=4,
+                    clip_on=False,
+                )
             ends.append(((xs[-1], ys[-1]), f"{name}, {reached[0]:,} steps" if reached else name, colour))
-        _guide(axes, [1 / pairs] * 2, [2 / vocab] * 2, (0, last))
+        _guide(axes, 1 / pairs, 2 / vocab, (0, last))
+        _name_guides(axes)
         _name_ends(axes, ends)
         axes.set_xlim(0, last)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
@@ -117,17 +129,21 @@ def _canvas(title: str, width: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _guide(axes: Axes, plateau: Sequence[float], chance: Sequence[float], xs: Sequence[int]) -> None:
-    """What guessing reaches: some value of the row (dashed), any value (dotted); named in a line under the title."""
-    dashed, dotted = (0, (4, 2)), (0, (1, 1.5))
-    for ys, dashes, name in (
-        (plateau, dashed, "some value of the row (1/pairs)"),
-        (chance, dotted, "chance (2/words)"),
-    ):
-        axes.plot(xs, ys, color=FAINT, linestyle=dashes, linewidth=1.1, zorder=2, clip_on=False, label=name)
+GUIDES = {"some value of the row (1/pairs)": (0, (4, 2)), "chance (2/words)": (0, (1, 1.5))}
+
+
+def _guide(axes: Axes, plateau: float, chance: float, span: tuple[float, float]) -> None:
+    """What guessing reaches, over a span of x: some value of the row (dashed), any value (dotted)."""
+    for y, dashes in zip((plateau, chance), GUIDES.values(), strict=True):
+        axes.plot(span, [y, y], color=FAINT, linestyle=dashes, linewidth=1.2, zorder=2, clip_on=False)
+
+
+def _name_guides(axes: Axes) -> None:
+    """Names the two guides in a line under the title."""
+    lines = [Line2D([], [], color=FAINT, linestyle=dashes, linewidth=1.2) for dashes in GUIDES.values()]
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.012, 0.985), ncols=2, frameon=False, fontsize=8, labelcolor=FAINT,
-        handlelength=2.2, columnspacing=1.6, borderaxespad=0,
+        lines, GUIDES, loc="lower left", bbox_to_anchor=(-0.01, 1.015), ncols=2, frameon=False, fontsize=8,
+        labelcolor=FAINT, handlelength=2.2, columnspacing=1.6, borderaxespad=0, borderpad=0,
     )  # fmt: skip
 
 
@@ -136,7 +152,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str, str]])
     heights = _apart([y for (_, y), _, _ in ends], least=0.062, low=0.0, high=1.0)
     for ((x, y), name, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
-            name, xy=(x, y), xytext=(1.015, height), textcoords=axes.get_yaxis_transform(), color=colour, va="center",
+            name, xy=(x, y), xytext=(1.02, height), textcoords=axes.get_yaxis_transform(), color=colour, va="center",
             fontsize=9, annotation_clip=False, in_layout=True,
         )  # fmt: skip
 
