@@ -1,0 +1,3 @@
+"""Measures whole models: decoding, and the training step."""
+
+TASKS: tuple = ()
