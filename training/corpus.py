@@ -19,7 +19,7 @@ from pathlib import Path
 from training.data import DataError
 
 TEXT = frozenset(
-    "txt md rst tex html xml css csv tsv json toml yaml yml ini cfg sql sh py pyi js ts c h cc cpp hpp cu rs go java".split()
+    "txt md rst tex html xml css csv tsv json toml yaml yml ini cfg sql sh py pyi js ts c h cc cpp hpp rs go".split()
 )
 ROWS = frozenset({"jsonl", "parquet", "arrayrecord", "array_record"})
 WHEELS = ("chex", "einops", "flax", "grain", "jax", "numpy", "optax", "orbax")
@@ -151,7 +151,7 @@ def _suffix(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    """How to read a file: "jsonl", "parquet", "arrayrecord", or "text" if its extension is known or it looks like it."""
+    """How to read a file: "jsonl", "parquet", "arrayrecord", or "text", if its extension or its content says so."""
     suffix = _suffix(path)
     if suffix in ROWS:
         return suffix.replace("_", "")
@@ -221,6 +221,23 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, int]]:
 
 def _array_record(path: Path, field: str) -> Iterator[tuple[str, int]]:
     """Records are UTF-8 text, or JSON objects that hold it in `field`."""
+    for number, record in enumerate(_records(path)):
+        where = f"{path.name}, record {number}"
+        try:
+            text = record.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"Text.source: {where} is not UTF-8; write records of text or JSON") from None
+        if text.startswith("{"):
+            try:
+                row = json.loads(text)
+            except ValueError:
+                pass  # text that happens to start with a brace
+            else:
+                text = _field(row, field, where)
+        yield text, len(record)
+
+
+def _records(path: Path) -> Iterator[bytes]:
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError:
@@ -228,25 +245,9 @@ def _array_record(path: Path, field: str) -> Iterator[tuple[str, int]]:
     try:
         reader = ArrayRecordReader(str(path))
         count = reader.num_records()
+        for first in range(0, count, ROWS_AT_ONCE):
+            yield from reader.read(first, min(first + ROWS_AT_ONCE, count))
+        reader.close()  # what was wrong with the file is only said here: until then it seems to be empty
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"Text.source: {path.name} is not an ArrayRecord file ({reason}); check it") from None
-    try:
-        for first in range(0, count, ROWS_AT_ONCE):
-            last = min(first + ROWS_AT_ONCE, count)
-            for number, record in enumerate(reader.read(first, last), first):
-                where = f"{path.name}, record {number}"
-                try:
-                    text = record.decode("utf-8")
-                except UnicodeDecodeError:
-                    raise DataError(f"Text.source: {where} is not UTF-8; write records of text or JSON") from None
-                if text.startswith("{"):
-                    try:
-                        row = json.loads(text)
-                    except ValueError:
-                        pass  # text that happens to start with a brace
-                    else:
-                        text = _field(row, field, where)
-                yield text, len(record)
-    finally:
-        reader.close()

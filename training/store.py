@@ -245,39 +245,33 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 def _write_splits(folder: Path, corpus: Corpus, tokenizer: Tokenizer, assign: Assign) -> tuple[dict, dict]:
     """Returns, by name, the counts of each split and the size and digest of each file."""
     with contextlib.ExitStack() as stack:
-        writers = {split: stack.enter_context(_Writer(folder, split, tokenizer)) for split in SPLITS}
+        writers = {split: _Writer(folder, split, tokenizer, stack) for split in SPLITS}
         for name, text in corpus.documents(stack.enter_context(_progress(corpus))):
             for split, part in assign(name, text):
                 writers[split].add(part)
-    return (
-        {split: writer.counts for split, writer in writers.items()},
-        {name: file for writer in writers.values() for name, file in writer.files.items()},
-    )
+        files = [file for writer in writers.values() for file in writer.finish()]
+    counts = {split: writer.counts for split, writer in writers.items()}
+    return counts, {file.path.name: {"bytes": file.size, "sha256": file.hash.hexdigest()} for file in files}
 
 
 class _Writer:
-    """Writes the documents of one split, encoding them in groups."""
+    """Writes the documents of one split, encoding them in groups. Its files are closed by `stack`."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
-        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, stack: contextlib.ExitStack):
+        self.tokenizer = tokenizer
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0, "token_bytes": 0}
-        self.files: dict[str, dict[str, int | str]] = {}
         self._texts: list[str] = []
         self._waiting = 0
         self._offsets = array("q", [0])
+        names = ("tokens", "text", "offsets.npy")
+        self._files = [stack.enter_context(_Hashed(folder / f"{split}.{name}")) for name in names]
+        self._tokens, self._sample, self._starts = self._files
 
-    def __enter__(self) -> "_Writer":
-        self._tokens = _Hashed(self.folder / f"{self.split}.tokens")
-        self._sample = _Hashed(self.folder / f"{self.split}.text")
-        return self
-
-    def __exit__(self, *_) -> None:
+    def finish(self) -> "list[_Hashed]":
+        """Writes what is left; returns the files."""
         self._flush()
-        offsets = _Hashed(self.folder / f"{self.split}.offsets.npy")
-        np.lib.format.write_array(offsets, np.asarray(self._offsets, "<i8"), allow_pickle=False)
-        for file in (self._tokens, self._sample, offsets):
-            file.close()
-            self.files[file.path.name] = {"bytes": file.size, "sha256": file.hash.hexdigest()}
+        np.lib.format.write_array(self._starts, np.asarray(self._offsets, "<i8"), allow_pickle=False)
+        return self._files
 
     def add(self, text: str) -> None:
         self._texts.append(text)
@@ -314,7 +308,10 @@ class _Hashed:
         self.hash.update(data)
         self.size += len(data)
 
-    def close(self) -> None:
+    def __enter__(self) -> "_Hashed":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._file.close()
 
 
