@@ -1,0 +1,305 @@
+"""Causal softmax attention: y_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys that t may see.
+
+One rule says who sees whom, for documents, windows, padding, empty slots and rings alike: every key has a time, every
+query a span of times, and key s is visible to query t iff
+
+    earliest_t <= key_time_s <= query_time_t        earliest_t = max(since_t, query_time_t - window + 1, 0)
+
+Three schedules of the same sum. "naive" is the definition, with all T·S scores at once. "blocks" keeps T·block of them:
+an online softmax over blocks of keys (Milakov & Gimelshein 2018, arXiv 1805.02867) whose backward pass recomputes the
+weights from the log-sum-exp (Dao et al. 2022, arXiv 2205.14135); which blocks of keys meet which blocks of queries
+follows from the times, so that what no query of a block may see costs nothing. "cudnn" calls NVIDIA's kernel.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array, lax
+
+from layers.ops.precision import wide
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+def attention(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGV: Array,
+    *,
+    scale: float | None = None,
+    query_time: Array | None = None,
+    key_time: Array | None = None,
+    since: Array | None = None,
+    window: int | None = None,
+    head_major: bool = False,
+    block: int | None = None,
+    implementation: str = "auto",
+) -> Array:
+    """y_BTHV in the dtype of q: each query's average of the values that it may see, and 0 where it sees none.
+
+    q_BTHK, k_BSGK, v_BSGV: floating, mixed dtypes are promoted. Head h reads group h // (H / G).
+    scale: multiplies the scores; None = K**-0.5.
+    query_time [B,T], key_time [B,S]: int32, in any order; a negative one marks padding or an empty slot, which sees
+        nothing and is never seen. Both None: self-attention (S = T) at times 0..T-1.
+    since [B,T]: int32, the earliest time that a query may see (where its document began); None = 0.
+    window: a query sees the keys of its own and the window - 1 times before; None = all.
+    head_major: keys and values come as [B,G,S,K] and [B,G,S,V], the layout in which caches are read at full speed.
+    block: queries and keys in a block of "blocks"; None = 128 on CPU (scores stay in the core's cache), else 512.
+    implementation: "naive" | "blocks" | "cudnn" | "auto". cudnn knows no times and asks for a GPU, bfloat16 or float16,
+        and V = K; auto takes it where it fits, else naive where scores are few, else blocks.
+
+    Statistics and sums are float32 (float64 for float64 inputs). "blocks" is differentiable once, in reverse.
+    Raises ValueError for sizes that do not agree, times given by half, an unknown or unfit implementation.
+    """
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3] if not head_major else k_BSGK.shape[2:0:-1]
+    V = v_BSGV.shape[-1]
+    wanted = (B, G, S) if head_major else (B, S, G)
+    if k_BSGK.shape != (*wanted, K) or v_BSGV.shape != (*wanted, V):
+        raise ValueError(f"attention: queries {q_BTHK.shape}, keys {k_BSGK.shape}, values {v_BSGV.shape} do not agree")
+    if H % G:
+        raise ValueError(f"attention: {H} heads do not divide into {G} groups of keys")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}: it must be at least 1")
+    if (query_time is None) != (key_time is None) or (query_time is None and since is not None):
+        raise ValueError("attention: query_time and key_time come together, and since only with them")
+    if query_time is None and S != T:
+        raise ValueError(f"attention: {T} queries and {S} keys need query_time and key_time")
+    plain = query_time is None
+    if implementation == "auto":
+        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain)
+
+    dtype = q_BTHK.dtype if q_BTHK.dtype == k_BSGK.dtype == v_BSGV.dtype else wide(q_BTHK, k_BSGK, v_BSGV)
+    q, k, v = (a.astype(dtype) for a in (q_BTHK, k_BSGK, v_BSGV))
+    scale = K**-0.5 if scale is None else scale
+    if implementation == "cudnn":
+        if not plain or K != V:
+            raise ValueError("attention: cudnn knows neither times nor values wider than keys; use 'blocks'")
+        if head_major:
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+        ).astype(q_BTHK.dtype)
+
+    if query_time is None or key_time is None:
+        query_time = key_time = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    earliest = jnp.zeros((B, T), jnp.int32) if since is None else jnp.maximum(since, 0)
+    if window is not None:
+        earliest = jnp.maximum(earliest, query_time - (window - 1))
+    if implementation == "naive":
+        y_BTHV = _naive(q, k, v, query_time, earliest, key_time, scale, head_major)
+    elif implementation == "blocks":
+        if block is None:
+            block = 128 if jax.default_backend() == "cpu" else 512
+        y_BTHV = _in_blocks(q, k, v, query_time, earliest, key_time, scale, head_major, block)
+    else:
+        raise ValueError(f"attention: implementation is {implementation!r}, not naive, blocks, cudnn or auto")
+    return y_BTHV.astype(q_BTHK.dtype)
+
+
+def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> str:
+    K = q_BTHK.shape[-1]
+    half = all(a.dtype == q_BTHK.dtype and a.dtype in (jnp.bfloat16, jnp.float16) for a in (q_BTHK, k, v))
+    fits = plain and half and v.shape[-1] == K and K % 8 == 0 and K <= 128 and T % 64 == 0
+    if fits and jax.default_backend() == "gpu":
+        return "cudnn"
+    return "naive" if T == 1 or T * S < 256 * 256 else "blocks"
+
+
+def _naive(
+    q_BTHK: Array, k: Array, v: Array, latest_BT: Array, earliest_BT: Array, key_time_BS: Array, scale, head_major: bool
+) -> Array:
+    G = k.shape[1 if head_major else 2]
+    keys = "bgsk" if head_major else "bsgk"
+    q_BTGRK = rearrange(q_BTHK, "b t (g r) k -> b t g r k", g=G)
+    kind = wide(q_BTHK)
+    s_BGRTS = jnp.einsum(f"btgrk,{keys}->bgrts", q_BTGRK, k, preferred_element_type=kind) * scale
+    time_B1S = key_time_BS[:, None, :]
+    visible_BTS = (earliest_BT[:, :, None] <= time_B1S) & (time_B1S <= latest_BT[:, :, None])
+    s_BGRTS = jnp.where(visible_BTS[:, None, None], s_BGRTS, -jnp.inf)
+    # A finite maximum keeps exp(-inf - max) at 0, with a zero gradient, where nothing is visible.
+    top_BGRT1 = lax.stop_gradient(jnp.maximum(s_BGRTS.max(-1, keepdims=True), jnp.finfo(kind).min))
+    p_BGRTS = jnp.exp(s_BGRTS - top_BGRT1)
+    total_BTGR1 = rearrange(p_BGRTS.sum(-1), "b g r t -> b t g r 1")
+    y_BTGRV = jnp.einsum(f"bgrts,{keys}->btgrk", p_BGRTS.astype(v.dtype), v, preferred_element_type=kind)
+    return rearrange(y_BTGRV / jnp.where(total_BTGR1 > 0, total_BTGR1, 1), "b t g r v -> b t (g r) v")
+
+
+# Blocks. N blocks of queries, each with R rows (its queries times the heads of a group); J blocks of C keys. A lane is
+# one group of one sequence; all lanes take the same steps, so that a step is a batch of matrix products that splits
+# over devices as B and G do.
+
+
+class _Times(NamedTuple):
+    """When each row and key is, and which blocks therefore meet."""
+
+    latest_BNR: Array
+    earliest_BNR: Array
+    key_time_BJC: Array
+    keys_N2: Array  # blocks of keys [from, to) that block n of queries meets
+    queries_J2: Array  # blocks of queries [from, to) that block j of keys meets
+
+
+def _in_blocks(
+    q_BTHK: Array,
+    k: Array,
+    v: Array,
+    latest_BT: Array,
+    earliest_BT: Array,
+    key_time_BS: Array,
+    scale: float,
+    head_major: bool,
+    block: int,
+) -> Array:
+    (B, T, H, _), S = q_BTHK.shape, key_time_BS.shape[1]
+    G = k.shape[1 if head_major else 2]
+    Q, C = _even(T, block), _even(S, block)
+    q_BGNRK = rearrange(_pad(q_BTHK, 1, Q), "b (n q) (g r) k -> b g n (r q) k", q=Q, g=G)
+    layout = "b g (j c) k -> b g j c k" if head_major else "b (j c) g k -> b g j c k"
+    k_BGJCK, v_BGJCV = (rearrange(_pad(a, 2 if head_major else 1, C), layout, c=C) for a in (k, v))
+
+    def rows(time_BT: Array, fill: int) -> Array:
+        time_BNQ = rearrange(_pad(time_BT, 1, Q, fill), "b (n q) -> b n q", q=Q)
+        return jnp.tile(time_BNQ, (1, 1, H // G))
+
+    latest_BNR, earliest_BNR = rows(latest_BT, -1), rows(earliest_BT, 0)
+    key_time_BJC = rearrange(_pad(key_time_BS, 1, C, -1), "b (j c) -> b j c", c=C)
+    meet_NJ = _meet(latest_BNR, earliest_BNR, key_time_BJC)
+    times = _Times(latest_BNR, earliest_BNR, key_time_BJC, _span(meet_NJ), _span(meet_NJ.T))
+    y_BGNRV = _flash(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)
+    return rearrange(y_BGNRV, "b g n (r q) v -> b (n q) (g r) v", q=Q)[:, :T]
+
+
+def _even(length: int, block: int) -> int:
+    """Size of a block when `length` is split evenly into as few as blocks of about `block` allow."""
+    return -(-length // (8 * -(-length // block))) * 8
+
+
+def _pad(a: Array, axis: int, multiple: int, fill: int = 0) -> Array:
+    short = -a.shape[axis] % multiple
+    widths = [(0, short if i == axis else 0) for i in range(a.ndim)]
+    return jnp.pad(a, widths, constant_values=fill) if short else a
+
+
+def _meet(latest_BNR: Array, earliest_BNR: Array, key_time_BJC: Array) -> Array:
+    """Whether any query of block n may see a key of block j, in any sequence: the overlap of their spans of time."""
+    sees = latest_BNR >= earliest_BNR
+    first_BN1 = jnp.where(sees, earliest_BNR, NEVER).min(-1)[:, :, None]
+    last_BN1 = jnp.where(sees, latest_BNR, -1).max(-1)[:, :, None]
+    oldest_B1J = jnp.where(key_time_BJC >= 0, key_time_BJC, NEVER).min(-1)[:, None, :]
+    newest_B1J = key_time_BJC.max(-1)[:, None, :]
+    return ((oldest_B1J <= last_BN1) & (newest_B1J >= first_BN1)).any(0)
+
+
+def _span(meet_NJ: Array) -> Array:
+    """[from, to) of the blocks that each row meets; empty where it meets none."""
+    J = meet_NJ.shape[1]
+    j_1J = jnp.arange(J, dtype=jnp.int32)[None, :]
+    return jnp.stack([jnp.where(meet_NJ, j_1J, J).min(1), jnp.where(meet_NJ, j_1J + 1, 0).max(1)], axis=1)
+
+
+def _over_lanes(lane, *flags: tuple[int | None, int | None]):
+    """`lane` over B and G; each argument's axes are told as (over B, over G)."""
+    over_G = jax.vmap(lane, in_axes=tuple(g for _, g in flags))
+    return jax.vmap(over_G, in_axes=tuple(b for b, _ in flags))
+
+
+_LANE = (0, 0)
+_ROW = _Times(0, 0, 0, None, None), _Times(None, None, None, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float) -> Array:
+    return _flash_forward(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)[0]
+
+
+def _flash_forward(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float):
+    lane = functools.partial(_lane_forward, scale=scale)
+    y_BGNRV, lse_BGNR = _over_lanes(lane, _LANE, _LANE, _LANE, _ROW)(q_BGNRK, k_BGJCK, v_BGJCV, times)
+    return y_BGNRV, (q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR)
+
+
+def _flash_backward(scale: float, kept, dy_BGNRV: Array):
+    q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR = kept
+    # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t.
+    dot_BGNR = jnp.sum(dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype), -1)
+    lane = functools.partial(_lane_backward, scale=scale)
+    dq, dk, dv = _over_lanes(lane, _LANE, _LANE, _LANE, _ROW, _LANE, _LANE, _LANE)(
+        q_BGNRK, k_BGJCK, v_BGJCV, times, dy_BGNRV, lse_BGNR, dot_BGNR
+    )
+    return dq, dk, dv, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _lane_forward(q_NRK: Array, k_JCK: Array, v_JCV: Array, times: _Times, *, scale: float) -> tuple[Array, Array]:
+    """y_NRV and the log-sum-exp_NR of the scores, one block of queries after the other."""
+    kind = wide(q_NRK)
+    R, V = q_NRK.shape[1], v_JCV.shape[-1]
+
+    def block(_, n: Array):
+        q_RK, latest_R1, earliest_R1 = q_NRK[n], times.latest_BNR[n][:, None], times.earliest_BNR[n][:, None]
+
+        def step(j: Array, carry: tuple[Array, Array, Array]):
+            top_R, total_R, sum_RV = carry
+            time_1C = times.key_time_BJC[j][None, :]
+            s_RC = jnp.einsum("rk,ck->rc", q_RK, k_JCK[j], preferred_element_type=kind) * scale
+            s_RC = jnp.where((earliest_R1 <= time_1C) & (time_1C <= latest_R1), s_RC, -jnp.inf)
+            higher_R = jnp.maximum(top_R, s_RC.max(1))
+            p_RC = jnp.exp(s_RC - higher_R[:, None])
+            fade_R = jnp.exp(top_R - higher_R)
+            more_RV = jnp.einsum("rc,cv->rv", p_RC.astype(v_JCV.dtype), v_JCV[j], preferred_element_type=kind)
+            return higher_R, total_R * fade_R + p_RC.sum(1), sum_RV * fade_R[:, None] + more_RV
+
+        # The lowest finite number, not -inf: where nothing is visible, exp(-inf - top) is 0 and never NaN.
+        start = (jnp.full(R, jnp.finfo(kind).min, kind), jnp.zeros(R, kind), jnp.zeros((R, V), kind))
+        top_R, total_R, sum_RV = lax.fori_loop(times.keys_N2[n, 0], times.keys_N2[n, 1], step, start)
+        total_R = jnp.where(total_R > 0, total_R, 1)
+        return None, ((sum_RV / total_R[:, None]).astype(v_JCV.dtype), top_R + jnp.log(total_R))
+
+    _, out = lax.scan(block, None, jnp.arange(q_NRK.shape[0]))
+    return out
+
+
+def _lane_backward(
+    q_NRK: Array,
+    k_JCK: Array,
+    v_JCV: Array,
+    times: _Times,
+    dy_NRV: Array,
+    lse_NR: Array,
+    dot_NR: Array,
+    *,
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Gradients, one block of keys after the other. Scores are held keys first: it saves a transposition."""
+    kind = lse_NR.dtype
+
+    def block(dq_NRK: Array, j: Array):
+        k_CK, v_CV, time_C1 = k_JCK[j], v_JCV[j], times.key_time_BJC[j][:, None]
+
+        def step(n: Array, carry: tuple[Array, Array, Array]):
+            dk_CK, dv_CV, dq_NRK = carry
+            q_RK, dy_RV = q_NRK[n], dy_NRV[n]
+            latest_1R, earliest_1R = times.latest_BNR[n][None, :], times.earliest_BNR[n][None, :]
+            s_CR = jnp.einsum("ck,rk->cr", k_CK, q_RK, preferred_element_type=kind) * scale
+            s_CR = jnp.where((earliest_1R <= time_C1) & (time_C1 <= latest_1R), s_CR, -jnp.inf)
+            p_CR = jnp.exp(s_CR - lse_NR[n][None, :])
+            dp_CR = jnp.einsum("cv,rv->cr", v_CV, dy_RV, preferred_element_type=kind)
+            ds_CR = (p_CR * (dp_CR - dot_NR[n][None, :]) * scale).astype(q_RK.dtype)
+            dv_CV += jnp.einsum("cr,rv->cv", p_CR.astype(dy_RV.dtype), dy_RV, preferred_element_type=kind)
+            dk_CK += jnp.einsum("cr,rk->ck", ds_CR, q_RK, preferred_element_type=kind)
+            more_RK = jnp.einsum("cr,ck->rk", ds_CR, k_CK, preferred_element_type=kind)
+            return dk_CK, dv_CV, lax.dynamic_update_index_in_dim(dq_NRK, dq_NRK[n] + more_RK, n, 0)
+
+        start = (jnp.zeros(k_CK.shape, kind), jnp.zeros(v_CV.shape, kind), dq_NRK)
+        dk_CK, dv_CV, dq_NRK = lax.fori_loop(times.queries_J2[j, 0], times.queries_J2[j, 1], step, start)
+        return dq_NRK, (dk_CK.astype(k_CK.dtype), dv_CV.astype(v_CV.dtype))
+
+    dq_NRK, (dk_JCK, dv_JCV) = lax.scan(block, jnp.zeros(q_NRK.shape, kind), jnp.arange(k_JCK.shape[0]))
+    return dq_NRK.astype(q_NRK.dtype), dk_JCK, dv_JCV
