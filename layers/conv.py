@@ -133,8 +133,9 @@ class ShortConvs(nnx.Module):
         activation: Callable[[Array], Array] | None = None,
         **sizes: int,
     ):
-        build = lambda a: ShortConv(a, rngs=rngs, taps=taps, bias=bias, activation=activation, **sizes)  # noqa: E731
-        self.convs = nnx.List([build(a) for a in axes] if taps else [])
+        self.convs = nnx.List(
+            [ShortConv(a, rngs=rngs, taps=taps, bias=bias, activation=activation, **sizes) for a in axes if taps]
+        )
         self.activation = activation
 
     def init_tails(self, B: int) -> Tails:

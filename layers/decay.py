@@ -11,7 +11,7 @@ from layers.ops.precision import wide
 
 
 class MambaDecay(nnx.Module):
-    """step = softplus(a + dt_bias),  log_decay = -exp(A_log) · step; with a bound, bound · σ(exp(A_log) · (a + dt_bias)).
+    """step = softplus(a + dt_bias),  log_decay = -exp(A_log) · step; bounded: bound · σ(exp(A_log) · (a + dt_bias)).
 
     `axes` is "H" (one decay a head) or "HK" (one a key channel); A_log has one entry a head. At init softplus(dt_bias)
     is exp(U(log 1e-3, log 0.1)) and exp(A_log) is U(A) (1 with a bound): the heads begin with very different spans.

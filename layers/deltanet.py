@@ -6,6 +6,7 @@ One step of online gradient descent on |S^T k - v|²: what is stored at the key 
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -16,7 +17,7 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
-from layers.norm import GatedRMSNorm, RMSNorm, l2_norm
+from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
@@ -62,15 +63,17 @@ class DeltaNetLayer(Layer):
     def __init__(self, config: DeltaNet, D: int, *, rngs: nnx.Rngs):
         K, V = head_size(config, "K", D), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
-        sizes = dict(D=D, H=config.H, K=K, V=V, rngs=rngs)
-        self.query = Einsum("BTD,DHK->BTHK", **sizes)
-        self.key = Einsum("BTD,DHK->BTHK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.beta = Einsum("BTD,DH->BTH", **sizes)
-        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, **sizes)
-        self.gate = Einsum("BTD,DHV->BTHV", **sizes) if config.gate else None
-        self.norm = GatedRMSNorm(V) if config.gate else RMSNorm(V, axes="V")
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        linear = partial(Einsum, D=D, H=config.H, K=K, V=V, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.beta = linear("BTD,DH->BTH")
+        self.convs = ShortConvs(
+            "HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, H=config.H, K=K, V=V, rngs=rngs
+        )
+        self.gate = linear("BTD,DHV->BTHV") if config.gate else None
+        self.norm = RMSNorm(V, axes="V")
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> DeltaNetState:
         return DeltaNetState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))
@@ -91,6 +94,6 @@ class DeltaNetLayer(Layer):
             chunk=c.chunk,
             implementation=c.implementation,
         )
-        y = self.norm(y) if self.gate is None else self.norm(y, self.gate(x_BTD))
+        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         state = None if memory is None else DeltaNetState(new.astype(memory.dtype), tails)
         return Out(self.out(y), state, {"beta": jnp.mean(beta).astype(jnp.float32)})

@@ -2,10 +2,13 @@
 
     S_t = α_t (I - β_t k_t k_t^T) S_{t-1} + β_t k_t v_t^T,  y_t = S_t^T q_t / sqrt(K)
     β_t = σ(w x_t),  log α_t = -exp(A_log) softplus(a x_t + dt_bias)
+
+The output is RMS-normalised per head and gated.
 """
 
 import dataclasses
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -17,7 +20,7 @@ from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive
-from layers.norm import GatedRMSNorm, RMSNorm, l2_norm
+from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
@@ -73,17 +76,19 @@ class GatedDeltaNetLayer(Layer):
         H, G = config.H, config.G or config.H
         K, V = head_size(config, "K", D, Fraction(3, 4)), head_size(config, "V", D, Fraction(3, 2))
         self.config, self.K, self.V, self.shared = config, K, V, H // G
-        sizes = dict(D=D, H=H, G=G, K=K, V=V, rngs=rngs)
-        self.query = Einsum("BTD,DGK->BTGK", **sizes)
-        self.key = Einsum("BTD,DGK->BTGK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.beta = Einsum("BTD,DH->BTH", **sizes)
-        self.step = Einsum("BTD,DH->BTH", **sizes)
+        linear = partial(Einsum, D=D, H=H, G=G, K=K, V=V, rngs=rngs)
+        self.query = linear("BTD,DGK->BTGK")
+        self.key = linear("BTD,DGK->BTGK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.beta = linear("BTD,DH->BTH")
+        self.step = linear("BTD,DH->BTH")
         self.decay = MambaDecay("H", A=(1e-3, 16.0), H=H, rngs=rngs)
-        self.convs = ShortConvs("GK", "GK", "HV", taps=config.conv, activation=jax.nn.silu, **sizes)
-        self.gate = Einsum("BTD,DHV->BTHV", **sizes) if config.gate else None
-        self.norm = GatedRMSNorm(V) if config.gate else RMSNorm(V, axes="V")
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.convs = ShortConvs(
+            "GK", "GK", "HV", taps=config.conv, activation=jax.nn.silu, H=H, G=G, K=K, V=V, rngs=rngs
+        )
+        self.gate = linear("BTD,DHV->BTHV") if config.gate else None
+        self.norm = RMSNorm(V, axes="V")
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> GatedDeltaNetState:
         memory_BHKV = jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32)
@@ -102,7 +107,7 @@ class GatedDeltaNetLayer(Layer):
         y, new = delta_recurrence(
             q, k, v, beta, log_decay, state=memory, pos=pos, chunk=c.chunk, implementation=c.implementation
         )
-        y = self.norm(y) if self.gate is None else self.norm(y, self.gate(x_BTD))
+        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         aux = {"beta": jnp.mean(beta).astype(jnp.float32), "decay": jnp.mean(jnp.exp(log_decay)).astype(jnp.float32)}
         state = None if memory is None else GatedDeltaNetState(new.astype(memory.dtype), tails)
         return Out(self.out(y), state, aux)

@@ -1,10 +1,13 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a forget gate for each key channel, read from the input.
 
     S_t = diag(α_t) S_{t-1} + k_t v_t^T,  y_t = S_t^T q_t / sqrt(K),  α_t = σ(W_2 W_1 x_t + b)^(1/16)
+
+The output is RMS-normalised per head and gated.
 """
 
 import dataclasses
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -15,7 +18,7 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
-from layers.norm import GatedRMSNorm
+from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
@@ -62,17 +65,19 @@ class GLALayer(Layer):
     def __init__(self, config: GLA, D: int, *, rngs: nnx.Rngs):
         K, V = head_size(config, "K", D, Fraction(1, 2)), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
-        sizes = dict(D=D, H=config.H, K=K, V=V, R=config.R, rngs=rngs)
-        self.query = Einsum("BTD,DHK->BTHK", **sizes)
-        self.key = Einsum("BTD,DHK->BTHK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.gate = Einsum("BTD,DHV->BTHV", **sizes)
-        self.decay_down = Einsum("BTD,DR->BTR", **sizes)
-        self.decay_up = Einsum("BTR,RHK->BTHK", bias=True, **sizes)
+        linear = partial(Einsum, D=D, H=config.H, K=K, V=V, R=config.R, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.gate = linear("BTD,DHV->BTHV")
+        self.decay_down = linear("BTD,DR->BTR")
+        self.decay_up = linear("BTR,RHK->BTHK", bias=True)
         activation = jax.nn.silu if config.conv else None
-        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=activation, **sizes)
-        self.norm = GatedRMSNorm(V)
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.convs = ShortConvs(
+            "HK", "HK", "HV", taps=config.conv, activation=activation, H=config.H, K=K, V=V, rngs=rngs
+        )
+        self.norm = RMSNorm(V, axes="V")
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> GLAState:
         return GLAState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))

@@ -3,9 +3,12 @@
     S_t = (I - β_t k_t k_t^T) diag(α_t) S_{t-1} + β_t k_t v_t^T,  y_t = S_t^T q_t / sqrt(K)
     β_t = σ(w x_t),  log α_t = -exp(A_log) softplus(W_2 W_1 x_t + dt_bias)
     out = W [RMSNorm(y) ∘ weight ∘ σ(U_2 U_1 x + b)]
+
+Two gates of low rank: the forget gate W_2 W_1, the output gate U_2 U_1.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -17,7 +20,7 @@ from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
-from layers.norm import GatedRMSNorm, l2_norm
+from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
@@ -70,19 +73,19 @@ class KDALayer(Layer):
     def __init__(self, config: KDA, D: int, *, rngs: nnx.Rngs):
         H, K, V = config.H, head_size(config, "K", D), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
-        sizes = dict(D=D, H=H, K=K, V=V, R=config.R or V, rngs=rngs)
-        self.query = Einsum("BTD,DHK->BTHK", **sizes)
-        self.key = Einsum("BTD,DHK->BTHK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.beta = Einsum("BTD,DH->BTH", **sizes)
-        self.decay_down = Einsum("BTD,DR->BTR", **sizes)
-        self.decay_up = Einsum("BTR,RHK->BTHK", **sizes)
+        linear = partial(Einsum, D=D, H=H, K=K, V=V, R=config.R or V, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.beta = linear("BTD,DH->BTH")
+        self.decay_down = linear("BTD,DR->BTR")
+        self.decay_up = linear("BTR,RHK->BTHK")
         self.decay = MambaDecay("HK", bound=config.bound, H=H, K=K, rngs=rngs)
-        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, **sizes)
-        self.gate_down = Einsum("BTD,DR->BTR", **sizes)
-        self.gate_up = Einsum("BTR,RHV->BTHV", bias=True, **sizes)
-        self.norm = GatedRMSNorm(V, activation=jax.nn.sigmoid)
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, H=H, K=K, V=V, rngs=rngs)
+        self.gate_down = linear("BTD,DR->BTR")
+        self.gate_up = linear("BTR,RHV->BTHV", bias=True)
+        self.norm = RMSNorm(V, axes="V", activation=jax.nn.sigmoid)
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> KDAState:
         return KDAState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))

@@ -7,6 +7,7 @@ z is carried as one more value column, of ones.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -118,19 +119,19 @@ class LinearAttentionLayer(Layer):
         K = 16 if config.feature_map == "taylor" and config.K is None else head_size(config, "K", D)
         V = head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
-        sizes = dict(D=D, H=H, K=K, V=V, rngs=rngs)
-        self.query = Einsum("BTD,DHK->BTHK", **sizes)
-        self.key = Einsum("BTD,DHK->BTHK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
+        linear = partial(Einsum, D=D, H=H, K=K, V=V, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
         activation = jax.nn.silu if config.conv else None
-        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=activation, **sizes)
+        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=activation, H=H, K=K, V=V, rngs=rngs)
         F = config.F or -(-K // 2)
         learned = config.feature_map == "hedgehog"
-        self.query_map = Einsum("BTHK,HKF->BTHF", F=F, **sizes) if learned else None
-        self.key_map = Einsum("BTHK,HKF->BTHF", F=F, **sizes) if learned else None
+        self.query_map = linear("BTHK,HKF->BTHF", F=F) if learned else None
+        self.key_map = linear("BTHK,HKF->BTHF", F=F) if learned else None
         self.features = {"taylor": 1 + K + K * (K + 1) // 2, "hedgehog": 2 * F}.get(config.feature_map, K)
         self.norm = None if config.normaliser else RMSNorm(V, axes="V")
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> LinearAttentionState:
         shape = (B, self.config.H, self.features, self.V + self.config.normaliser)

@@ -8,6 +8,7 @@ The paper's x, B, C, z are the value, key, query and gate of the other layers; t
 
 import dataclasses
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -69,19 +70,21 @@ class Mamba2State(NamedTuple):
 
 class Mamba2Layer(Layer):
     def __init__(self, config: Mamba2, D: int, *, rngs: nnx.Rngs):
-        H = config.heads(D)
+        H, G, K, V = config.heads(D), config.G, config.K, config.V
         self.config, self.H = config, H
-        sizes = dict(D=D, H=H, G=config.G, K=config.K, V=config.V, rngs=rngs)
-        self.query = Einsum("BTD,DGK->BTGK", **sizes)
-        self.key = Einsum("BTD,DGK->BTGK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.gate = Einsum("BTD,DHV->BTHV", **sizes)
-        self.step = Einsum("BTD,DH->BTH", **sizes)
-        self.convs = ShortConvs("GK", "GK", "HV", taps=config.conv, bias=True, activation=jax.nn.silu, **sizes)
+        linear = partial(Einsum, D=D, H=H, G=G, K=K, V=V, rngs=rngs)
+        self.query = linear("BTD,DGK->BTGK")
+        self.key = linear("BTD,DGK->BTGK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.gate = linear("BTD,DHV->BTHV")
+        self.step = linear("BTD,DH->BTH")
+        self.convs = ShortConvs(
+            "GK", "GK", "HV", taps=config.conv, bias=True, activation=jax.nn.silu, H=H, G=G, K=K, V=V, rngs=rngs
+        )
         self.decay = MambaDecay("H", H=H, rngs=rngs)
         self.skip = nnx.Param(jnp.ones([H], jnp.float32), axes="H", decay=False)
-        self.norm = nnx.Param(jnp.ones([H, config.V], jnp.float32), axes="HV", decay=False)
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.norm = nnx.Param(jnp.ones([H, V], jnp.float32), axes="HV", decay=False)
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> Mamba2State:
         memory_BHKV = jnp.zeros((B, self.H, self.config.K, self.config.V), jnp.float32)

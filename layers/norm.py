@@ -26,30 +26,18 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned weight over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     `axes` is the letter of that axis: "D" on the residual stream, "K" or "V" per head (the weight shared by the heads).
+    Given a gate, the norm is multiplied by activation(gate): the norm comes first (RetNet, GLA, Gated DeltaNet, KDA).
     """
 
-    def __init__(self, D: int, *, axes: str = "D", eps: float = 1e-6):
-        self.eps = eps
+    def __init__(
+        self, D: int, *, axes: str = "D", eps: float = 1e-6, activation: Callable[[Array], Array] = jax.nn.silu
+    ):
+        self.eps, self.activation = eps, activation
         self.w = nnx.Param(jnp.ones([D], jnp.float32), axes=axes, decay=False)
 
-    def __call__(self, x: Array) -> Array:
-        return self.scaled(x).astype(x.dtype)
-
-    def scaled(self, x: Array) -> Array:
-        """The norm times its weight, still in at least float32."""
+    def __call__(self, x: Array, gate: Array | None = None) -> Array:
         y = rms_norm(x, self.eps)
-        return y * self.w[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-class GatedRMSNorm(RMSNorm):
-    """RMSNorm(x) · weight · activation(gate): the norm comes before the gate (RetNet, GLA, Gated DeltaNet, KDA)."""
-
-    def __init__(
-        self, D: int, *, axes: str = "V", eps: float = 1e-6, activation: Callable[[Array], Array] = jax.nn.silu
-    ):
-        super().__init__(D, axes=axes, eps=eps)
-        self.activation = activation
-
-    def __call__(self, x: Array, gate: Array) -> Array:  # ty: ignore[invalid-method-override]
-        y = self.scaled(x)
-        return (y * self.activation(gate.astype(y.dtype))).astype(x.dtype)
+        y = y * self.w[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        if gate is not None:
+            y = y * self.activation(gate.astype(y.dtype))
+        return y.astype(x.dtype)

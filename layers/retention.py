@@ -7,6 +7,7 @@ and gated.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
-from layers.norm import GatedRMSNorm
+from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
@@ -63,15 +64,17 @@ class RetentionLayer(Layer):
         if K % 2:
             raise ValueError(f"Retention.K is {K}: rotary positions turn pairs of channels, so it must be even")
         self.config, self.K, self.V = config, K, V
-        sizes = dict(D=D, H=config.H, K=K, V=V, rngs=rngs)
-        self.query = Einsum("BTD,DHK->BTHK", **sizes)
-        self.key = Einsum("BTD,DHK->BTHK", **sizes)
-        self.value = Einsum("BTD,DHV->BTHV", **sizes)
-        self.gate = Einsum("BTD,DHV->BTHV", **sizes)
+        linear = partial(Einsum, D=D, H=config.H, K=K, V=V, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.gate = linear("BTD,DHV->BTHV")
         activation = jax.nn.silu if config.conv else None
-        self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=activation, **sizes)
-        self.norm = GatedRMSNorm(V)
-        self.out = Einsum("BTHV,HVD->BTD", residual=True, **sizes)
+        self.convs = ShortConvs(
+            "HK", "HK", "HV", taps=config.conv, activation=activation, H=config.H, K=K, V=V, rngs=rngs
+        )
+        self.norm = RMSNorm(V, axes="V")
+        self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> RetentionState:
         memory_BHKV = jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32)
