@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -188,7 +189,10 @@ def test_digest_names_the_content(text, source, tmp_path):
     write_documents(copy)
     assert text(source=str(copy)).build().digest == digest
     (copy / "03.txt").write_text("changed", encoding="utf-8")
-    assert text(source=str(copy)).build().digest != digest
+    changed = text(source=str(copy)).build().digest
+    assert changed != digest
+    (copy / "03.txt").write_text("chanced", encoding="utf-8")  # of the same size
+    assert text(source=str(copy)).build().digest not in (digest, changed)
     assert text(held_out=0.5).build().digest != digest
 
 
@@ -267,17 +271,28 @@ def test_tokenizer_json(text, source, tokenizer_file, monkeypatch, caplog):
     assert moved.digest == dataset.digest and same(moved.train(0)[0], dataset.train(0)[0])
 
 
-def test_a_tokenizers_own_start_is_used(text, tokenizer_file, tmp_path):
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizers_own_start_is_used(text, tokenizer_file, tmp_path, special):
     spec = json.loads(tokenizer_file.read_text())
     spec["added_tokens"] = [
-        {"id": 300, "content": "<|endoftext|>", "special": True}
+        {"id": 300, "content": "<|endoftext|>", "special": special}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ]
     path = tmp_path / "own.json"
     path.write_text(json.dumps(spec))
     dataset = text(tokenizer=str(path)).build()
     assert (dataset.words, dataset.doc_start, int(dataset.token_bytes[300])) == (301, 300, 0)
-    assert dataset.decode(dataset.encode("a line")) == "a line"
+    assert dataset.decode(np.append(300, dataset.encode("a line"))) == "a line"
+
+
+def test_long_texts_are_encoded_in_pieces_that_end_with_a_line():
+    from training.tokenizer import _pieces
+
+    text = "".join(LINES)
+    pieces = _pieces(text, 100)
+    assert "".join(pieces) == text and all(piece.endswith("\n") for piece in pieces)
+    assert len(pieces) > 5 and max(map(len, pieces)) < 200
+    assert _pieces("x" * 1000, 100) == ["x" * 1000] and _pieces("", 100) == []
 
 
 def test_a_second_prepare_writes_nothing(text, monkeypatch):
@@ -318,6 +333,20 @@ def test_a_damaged_store_is_prepared_again(text, tmp_path, caplog, damage, name)
     assert not caplog.records
 
 
+def test_damage_to_a_store_too_large_to_read_whole(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "VERIFIED_BYTES", 0)
+    folder = text(store=str(tmp_path)).build().store.folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "<u4"}))
+    with pytest.raises(DataError, match="manifest.json was changed"):
+        stores.open_store(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    stores.open_store(folder)
+    truncate(folder / "train.text")
+    with pytest.raises(DataError, match=r"train.text has [\d,]+ bytes instead of"):
+        stores.open_store(folder)
+
+
 def test_preparing_at_once_and_failing_midway(text, tmp_path, monkeypatch):
     config = text(store=str(tmp_path))
 
@@ -336,13 +365,15 @@ def test_preparing_at_once_and_failing_midway(text, tmp_path, monkeypatch):
         barrier.wait()
         digests.append(config.build().digest)
 
-    threads = [threading.Thread(target=build) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(digests) == 4 and len(set(digests)) == 1
-    assert len(list(tmp_path.iterdir())) == 1
+    for _ in range(2):  # the second time around, all of them mend the same store
+        threads = [threading.Thread(target=build) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (folder,) = tmp_path.iterdir()
+        flip(folder / "train.tokens")
+    assert len(digests) == 8 and len(set(digests)) == 1
 
 
 def _file(folder: Path, name: str, content: bytes) -> str:
@@ -392,9 +423,7 @@ def test_missing_parquet_field_is_named(text, tmp_path):
         text(source=str(tmp_path / "a.parquet")).build()
 
 
-def test_references():
-    import sysconfig
-
+def test_references(monkeypatch):
     folder = Path(sysconfig.get_path("stdlib"))
     train, held_out = ((folder / name).read_bytes() for name in ("argparse.py", "optparse.py"))
     values = references(train, held_out)
@@ -405,6 +434,8 @@ def test_references():
     np.testing.assert_allclose(values["order-0"], bits.mean(), rtol=1e-12)
     small = references(b"abab", b"ba")
     np.testing.assert_allclose(small["bigram"], (-np.log2(3 / 260) - np.log2(2 / 257)) / 2, rtol=1e-12)
+    monkeypatch.setattr("training.references.BLOCK", 1000)  # however the text is cut for counting
+    assert references(train, held_out) == values
     ordered = [values[name] for name in values]
     assert ordered == sorted(ordered, reverse=True) and 8 > ordered[0]
     assert references(b"", b"x") == references(b"x", b"") == {}

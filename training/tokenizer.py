@@ -89,6 +89,7 @@ class FileTokenizer:
         self.doc_start = own[0] if own else words
         self.words = max(words, self.doc_start + 1)
         self.token_bytes_W = _token_bytes(spec, vocabulary, self.words)
+        self.token_bytes_W[self.doc_start] = 0  # not every file marks it as special
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces = [_pieces(text, self.PIECE) for text in texts]
