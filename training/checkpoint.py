@@ -223,7 +223,8 @@ class Checkpoints:
                 record = self._record(candidate, names)
                 self._compare(candidate, record["arrays"], like)
                 return candidate, self._read(candidate, like), record["meta"]
-        return self._nothing()
+        self._refuse_if_damaged()
+        return None
 
     def peek(self, step: int | None = None) -> dict[str, Any] | None:
         """The meta of the newest checkpoint (or of the given one), verified by itself: the arrays are not read.
@@ -233,7 +234,8 @@ class Checkpoints:
         for candidate in self._candidates(step):
             with self._passing_over(candidate, step):
                 return self._record(candidate, self._sums(candidate))["meta"]
-        return self._nothing()
+        self._refuse_if_damaged()
+        return None
 
     def _candidates(self, step: int | None) -> list[int]:
         if self._writer is not None:
@@ -256,7 +258,7 @@ class Checkpoints:
                 raise CheckpointError(text) from error
             logger.warning("%s; passed over", text)
 
-    def _nothing(self) -> None:
+    def _refuse_if_damaged(self) -> None:
         if steps := self._all_steps():
             raise CheckpointError(
                 f"every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}); "
