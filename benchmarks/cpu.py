@@ -38,12 +38,12 @@ class Task(NamedTuple):
 def tasks() -> list[Task]:
     """All there is, in the order of the report."""
     result = []
-    groups: dict[tuple[str, str], list[cases.Pair]] = {}
+    groups: dict[str, list[cases.Pair]] = {}
     for pair in cases.PAIRS:
-        groups.setdefault((pair.tag, pair.peer), []).append(pair)
-    for (tag, peer), members in groups.items():
-        slow = any(pair.slow or pair.T > 2048 for pair in members)
-        result.append(Task(f"pairs.{tag}.{peer}", 25 if slow else 10, partial(ops.pairs, members)))
+        groups.setdefault(pair.tag, []).append(pair)
+    for tag, members in groups.items():
+        cost = sum(8 if pair.slow or pair.T > 2048 else 4 for pair in members)
+        result.append(Task(f"pairs.{tag}", cost, partial(ops.pairs, members)))
     for op in (*cases.MEMORY, "window", "attention"):
         result.append(Task(f"lengths.{cases.TAGS.get(op, op)}", 20, partial(ops.lengths, op)))
     return result + [Task(*task) for task in models.TASKS]

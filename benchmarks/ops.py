@@ -1,5 +1,6 @@
 """Measures the operations: against peers, and over lengths."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,31 +43,42 @@ def extra(op: str) -> dict[str, int]:
 
 
 def pairs(members: list[cases.Pair], lane: Lane) -> Iterator[Row]:
-    """All rows of one operation against one peer."""
-    peer = lane.peers[members[0].peer]
-    with lane.ours() as ours, lane.ours("reference") if peer.missing else lane.rival(members[0].peer) as rival:
+    """All rows of one operation. Our process stays the same; what it has compiled once it keeps."""
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(lane.ours())
+        rivals: dict[str, Contestant] = {}
+        known: dict[str, dict[str, float]] = {}
         for pair in members:
-            row = Row("Operations", pair.title, peer=pair.peer_name, note=peer.missing)
-            goal = at_least(0, pair.goal) | {"result": ""}
+            missing = lane.peers[pair.peer].missing
+            row = Row("Operations", pair.title, peer=pair.peer_name, note=missing)
+            judge = "reference" if missing else pair.peer
             try:
-                yield from _pair(pair, row, lane, ours, rival, bool(peer.missing))
+                if judge not in rivals:
+                    rivals[judge] = stack.enter_context(lane.ours(judge) if missing else lane.rival(judge))
+                yield from _pair(pair, row, lane, ours, rivals[judge], known)
             except Failed as why:
+                goal = at_least(0, pair.goal) | {"result": ""}
                 yield replace(row, **goal, note=str(why))
 
 
-def _pair(pair, row: Row, lane: Lane, ours: Contestant, rival: Contestant, missing: bool) -> Iterator[Row]:
-    common = {"mode": pair.mode, "inputs": cases.write_inputs(pair.op, pair.B, pair.T, lane.folder), **extra(pair.op)}
-    name = f"{pair.title}, {pair.peer_name}"
-    facts = ours.load(name, op=pair.op, **common, **lane.options)
+def _pair(
+    pair: cases.Pair, row: Row, lane: Lane, ours: Contestant, rival: Contestant, known: dict[str, dict[str, float]]
+) -> Iterator[Row]:
+    inputs = cases.write_inputs(pair.op, pair.B, pair.T, lane.folder)
+    common = {"mode": pair.mode, "inputs": inputs, **extra(pair.op)}
+    if pair.title not in known:
+        known[pair.title] = ours.load(pair.title, op=pair.op, **common, **lane.options)
+    facts = known[pair.title]
     row = replace(row, temp_mb=facts["temp_mb"], compile_s=facts["compile_s"])
-    if missing:
-        error = _gate_by_definition(pair.op, pair.mode, common["inputs"], lane, ours, rival)
-        times = interleave([(ours, name)], lane.rounds)
+    if lane.peers[pair.peer].missing:
+        error = _gate_by_definition(pair.op, pair.mode, inputs, lane, ours, rival)
+        times = interleave([(ours, pair.title)], lane.rounds)
         yield replace(row, error=error, ours_ms=times.median(0))
         return
-    theirs = rival.load(name, op=pair.peer_op or pair.op, **common)
-    error = gate(ours.outputs(name, lane.folder), rival.outputs(name, lane.folder))
-    times = interleave([(ours, name), (rival, name)], 1 if pair.slow else lane.rounds, warm=not pair.slow)
+    theirs = rival.load(pair.peer_name, op=pair.peer_op or pair.op, **common)
+    error = gate(ours.outputs(pair.title, lane.folder), rival.outputs(pair.peer_name, lane.folder))
+    entrants = [(ours, pair.title), (rival, pair.peer_name)]
+    times = interleave(entrants, 1 if pair.slow else lane.rounds, warm=not pair.slow)
     yield replace(
         row,
         error=error,

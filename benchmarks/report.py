@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -70,14 +71,14 @@ def number(x: float | None) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def at_least(value: float, goal: float | None) -> dict:
-    """The fields of a Row for "this many times as fast as the peer"."""
+def at_least(value: float, goal: float | None, unit: str = "x") -> dict[str, Any]:
+    """The fields of a Row whose goal is a lower bound, such as "this many times as fast as the peer"."""
     if goal is None:
-        return {"result": f"{value:.2f}x"}
-    return {"result": f"{value:.2f}x", "goal": f">= {goal:g}x", "met": value >= goal}
+        return {"result": f"{value:.2f}{unit}"}
+    return {"result": f"{value:.2f}{unit}", "goal": f">= {goal:g}{unit}", "met": value >= goal}
 
 
-def at_most(value: float, goal: float | None, unit: str = "x") -> dict:
+def at_most(value: float, goal: float | None, unit: str = "x") -> dict[str, Any]:
     if goal is None:
         return {"result": f"{value:.2f}{unit}"}
     return {"result": f"{value:.2f}{unit}", "goal": f"<= {goal:g}{unit}", "met": value <= goal}

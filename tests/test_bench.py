@@ -104,8 +104,8 @@ def test_the_table_names_what_was_missed():
 
 
 def test_only_finds_parts_and_names_the_choice():
-    assert {t.name for t in cpu.chosen("gdn")} == {"pairs.gdn.torch", "pairs.gdn.maxtext", "lengths.gdn"}
-    assert {t.name for t in cpu.chosen("pairs.gdn")} == {"pairs.gdn.torch", "pairs.gdn.maxtext"}
+    assert {t.name for t in cpu.chosen("gdn")} == {"pairs.gdn", "lengths.gdn", "train.gdn"}
+    assert {t.name for t in cpu.chosen("pairs.gdn,host")} == {"pairs.gdn", "host"}
     with pytest.raises(SystemExit, match="lengths"):
         cpu.chosen("gnd")
 
