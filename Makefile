@@ -52,7 +52,7 @@ LOCKED = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requireme
 lock:  ## write the locks anew from pyproject.toml (needs uv; UPGRADE=--upgrade takes the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	$(COMPILE) --extra dev --output-file requirements.lock
-	@for extra in $(EXTRAS); do set -x; \
+	@for extra in $(EXTRAS); do echo "... and requirements-$$extra.lock, what it adds"; \
 	  $(COMPILE) --extra $$extra --constraint requirements.lock $(LOCKED) --output-file requirements-$$extra.lock \
 	  || exit 1; done
 
