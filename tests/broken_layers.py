@@ -297,12 +297,15 @@ class SortsTheBatch(HealthyLayer):
 
 
 @fails("bfloat16_stays_close")
-class RemembersInHalfPrecision(HealthyLayer):
-    """The running memory is rounded to bfloat16 at every token."""
+class SumsDecaysInHalfPrecision(HealthyLayer):
+    """Each decay is a difference of running sums, and the sums are as precise as the stream."""
 
     def recur(self, q: Array, k: Array, v: Array, keep_BTH: Array, pos_BT: Array, memory: Array) -> tuple[Array, Array]:
-        y_BTHV, end = super().recur(q, k, v, keep_BTH, pos_BT, memory.astype(v.dtype))
-        return y_BTHV, end.astype(memory.dtype)
+        sum_BTH = jnp.cumsum(jnp.log(keep_BTH), axis=1)
+        if v.dtype == jnp.bfloat16:  # said out loud, since XLA may keep more bits than the dtype has
+            sum_BTH = jax.lax.reduce_precision(sum_BTH, exponent_bits=8, mantissa_bits=7)
+        keep_BTH = jnp.exp(jnp.diff(sum_BTH, axis=1, prepend=jnp.zeros_like(sum_BTH[:, :1])))
+        return super().recur(q, k, v, keep_BTH, pos_BT, memory)
 
 
 @fails("initial_output_in_band")

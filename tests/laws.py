@@ -133,7 +133,7 @@ def state_keeps_its_shape(config: LayerConfig) -> None:
 
 
 def scene(config: LayerConfig) -> np.ndarray:
-    """Positions of two rows: padding on the left, inside and at the end; documents of one token, on and off the grid."""
+    """Positions of two rows: padding on the left, inside, at the end; documents of one token, on and off the grid."""
     C, T = grain(config), length(config)
     first = pad(
         places(T, C // 2, C // 2 + 1, C + 2),
