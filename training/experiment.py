@@ -8,6 +8,11 @@ from models.lm import LM
 from training.data import DataConfig
 
 
+def _above_zero(config: object, field: str) -> None:
+    if not getattr(config, field) > 0:
+        raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The learning rate over a run, as a factor of its peak: warm-up, then a shape.
@@ -133,8 +138,3 @@ class Experiment:
             raise ValueError(
                 f"train.accumulate is {self.train.accumulate}, which does not divide data.B = {self.data.B}"
             )
-
-
-def _above_zero(config: object, field: str) -> None:
-    if not getattr(config, field) > 0:
-        raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")

@@ -1,0 +1,1 @@
+"""Experiments, one a file: only nouns. `python train.py --help` lists them."""

@@ -1,0 +1,134 @@
+"""Generation: prompts are read in pieces, then words are drawn one by one; both are the same call with a state.
+
+A bounded model decodes in constant memory at constant speed: the state is carried through a loop inside the compiled
+program and donated between calls.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from layers.layer import Tokens
+from models.lm import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a word is drawn. temperature 0: the likeliest. top_k: of the k likeliest. top_p: of the fewest words whose
+    probabilities reach p (nucleus sampling, arXiv 1904.09751)."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be at least 0 (0: the likeliest word)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+def draw(logits_BW: Array, key: Array, sampling: Sampling) -> Array:
+    """One word a row, int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BW, -1).astype(jnp.int32)
+    logits = logits_BW / sampling.temperature
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        ordered = jnp.sort(logits, -1, descending=True)
+        share = jax.nn.softmax(ordered, -1)
+        within = jnp.cumsum(share, -1) - share < sampling.top_p  # the word that crosses p is still in
+        least = jnp.min(jnp.where(within, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, -1).astype(jnp.int32)
+
+
+class Decoder:
+    """A model made ready to generate. Compiles once for a batch size, whatever the prompts and lengths.
+
+    piece: tokens of a prompt read at once. burst: words drawn in one call of the compiled loop (and yielded together).
+    """
+
+    def __init__(self, model: LanguageModel, *, piece: int = 64, burst: int = 16):
+        self.model = model.unstacked()
+        self.piece, self.burst = piece, burst
+        self._leaves, self._treedef = jax.tree.flatten(self.model)
+        self._read = jax.jit(self._read_piece, donate_argnums=1)
+        self._write = jax.jit(self._write_burst, static_argnums=5, donate_argnums=1)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        *,
+        seed: int = 0,
+        capacity: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields int32 [B, n] of new words, n = `burst` at a time, `steps` in all.
+
+        prompts: one or more sequences of ids, of any lengths, each the beginning of a document. capacity: tokens that
+        the memories must hold (None: what prompts and steps need); only memories that grow with length care.
+
+        Raises ValueError if a prompt is empty or the capacity is too small.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt is empty: give each at least one token, such as the document start")
+        longest = max(map(len, prompts))
+        read = -(-longest // self.piece) * self.piece
+        if capacity is not None and capacity < longest + steps:
+            raise ValueError(
+                f"capacity is {capacity}, but the longest prompt and {steps} steps need {longest + steps} tokens"
+            )
+        # Prompts end together: padding stands before them, where it changes no memory.
+        ids = np.zeros([len(prompts), read], np.int32)
+        pos = np.full([len(prompts), read], -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, read - len(prompt) :] = prompt
+            pos[row, read - len(prompt) :] = np.arange(len(prompt))
+        state = self.model.init_state(len(prompts), capacity or longest + steps)
+        logits = None
+        for start in range(0, read, self.piece):
+            piece = Tokens(*(jnp.asarray(x[:, start : start + self.piece]) for x in (ids, pos)))
+            state, logits = self._read(self._leaves, state, piece)
+        place, key = jnp.asarray(pos[:, -1] + 1), jax.random.key(seed)
+        for done in range(0, steps, self.burst):
+            state, logits, place, key, words = self._write(self._leaves, state, logits, place, key, sampling)
+            yield np.asarray(words)[:, : steps - done]
+
+    def _model(self, leaves: Any) -> LanguageModel:
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def _read_piece(self, leaves: Any, state: Any, tokens: Tokens) -> tuple[Any, Array]:
+        model = self._model(leaves)
+        out = model.hidden(tokens, state)
+        return out.state, model.logits(out.y_BTD[:, -1])
+
+    def _write_burst(self, leaves: Any, state: Any, logits_BW: Array, place_B: Array, key: Array, sampling: Sampling):
+        model = self._model(leaves)
+
+        def word(carry: Any, _: None) -> tuple[Any, Array]:
+            state, logits_BW, place_B, key = carry
+            key, now = jax.random.split(key)
+            ids_B = draw(logits_BW, now, sampling)
+            out = model(Tokens(ids_B[:, None], place_B[:, None]), state)
+            return (out.state, out.y_BTD[:, 0], place_B + 1, key), ids_B
+
+        carry, words_NB = jax.lax.scan(word, (state, logits_BW, place_B, key), None, length=self.burst)
+        return *carry, words_NB.T
+
+
+def generate(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling, *, seed: int = 0
+) -> np.ndarray:
+    """All new words at once, int32 [B, steps]."""
+    return np.concatenate(list(Decoder(model).generate(prompts, steps, sampling, seed=seed)), 1)

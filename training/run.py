@@ -1,0 +1,327 @@
+"""A run: from an experiment and a folder to a trained model, resumable at any moment.
+
+A run folder holds config.py (the resolved experiment, as Python), metrics.jsonl, checkpoints/, figures/ and samples.txt.
+Batches are a function of (seed, step), steps of (state, batch): what is restored from a checkpoint goes on bit for bit
+as if it had never stopped.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import platform
+import shlex
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from models.lm import LanguageModel
+from models.parameters import Params, Structure, flatten
+from training import settings
+from training.checkpoint import CheckpointError, Checkpoints
+from training.data import Batch, Dataset
+from training.evaluate import evaluate
+from training.experiment import Experiment
+from training.layout import Layout, build_layout
+from training.lock import RunLock
+from training.log import Log, Progress
+from training.optimizer import build_optimizer, learning_rate
+from training.step import eval_step, init_state, train_step
+from training.stop import Stop
+from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes
+
+MAY_CHANGE = ("description", "parameters", "sample", "mesh.", "train.")  # of the saved config, when a run is resumed
+MAY_NOT = ("train.seed", "train.ema", "train.accumulate")
+SHOWN = ("loss", "bits_per_byte", "accuracy", "grad_norm", "tokens_per_second")  # on the terminal, of what is logged
+
+
+@dataclasses.dataclass
+class Job:
+    """An experiment made ready: abstract model, data, layout, and the jitted pure steps."""
+
+    experiment: Experiment
+    dataset: Dataset
+    layout: Layout
+    model: LanguageModel  # of ShapeDtypeStructs
+    structure: Structure
+    state: Any  # of ShapeDtypeStructs, with shardings
+    init: Any
+    step: Any
+    evaluate: Any
+
+    @property
+    def shown(self) -> str:
+        """Which parameters are evaluated and sampled."""
+        return "params" if self.experiment.train.ema is None else "ema"
+
+
+def prepare(experiment: Experiment) -> Job:
+    """Raises ValueError, in a line that names the field, for what cannot be trained."""
+    dataset = experiment.data.build()
+    if experiment.model.W < dataset.words:
+        raise ValueError(
+            f"model.W is {experiment.model.W}, but the data has {dataset.words} words: use --model.W {dataset.words}"
+        )
+    layout = build_layout(experiment.mesh, experiment.data.B)
+    # The key is made of threefry whatever the backend, and partitionable: one initialisation on every mesh.
+    key = jax.random.key(experiment.train.seed, impl="threefry2x32")
+    build = functools.partial(_build, experiment)
+    model = jax.eval_shape(build, key)
+    _, structure = flatten(model)
+    train = experiment.train
+    optimizer = build_optimizer(experiment.optimizer, train.steps, train.clip, structure.specs)
+
+    def init(key: jax.Array) -> Any:
+        return init_state(experiment, flatten(build(key))[0], optimizer)
+
+    abstract = jax.eval_shape(init, key)
+    shardings = layout.like(abstract, structure.specs)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    step = train_step(experiment, structure, optimizer, dataset.token_bytes, dataset.labelled)
+    batch = Batch(layout.batch, layout.batch, layout.batch)
+    return Job(
+        experiment,
+        dataset,
+        layout,
+        model,
+        structure,
+        state,
+        init=functools.partial(jax.jit(init, out_shardings=shardings), key),
+        step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch), out_shardings=(shardings, None)),
+        evaluate=jax.jit(eval_step(structure, dataset.token_bytes, dataset.labelled)),
+    )
+
+
+def _build(experiment: Experiment, key: jax.Array) -> LanguageModel:
+    return experiment.model.build(rngs=nnx.Rngs(params=key))
+
+
+def flatten_state(state: Any) -> dict[str, dict[str, Any]]:
+    """A training state as groups of named arrays, as checkpoints keep it."""
+    groups: dict[str, dict[str, Any]] = {}
+    for group, tree in state.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        groups[group] = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return groups
+
+
+def unflatten_state(like: Any, groups: dict[str, dict[str, Any]]) -> Any:
+    return {
+        group: jax.tree.unflatten(jax.tree.structure(tree), list(_in_order(tree, groups[group])))
+        for group, tree in like.items()
+    }
+
+
+def _in_order(tree: Any, named: dict[str, Any]) -> Any:
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        yield named[jax.tree_util.keystr(path, simple=True, separator="/")]
+
+
+def load_model(run: Path | str, step: int | None = None) -> tuple[LanguageModel, Experiment, Dataset]:
+    """The model of a run's newest whole checkpoint (or of the given step), its experiment and its data."""
+    run = Path(run)
+    experiment = settings.load(settings.locate(str(run)))
+    model = jax.eval_shape(functools.partial(_build, experiment), jax.random.key(0))
+    params, structure = flatten(model)
+    group = "params" if experiment.train.ema is None else "ema"
+    with Checkpoints(run / "checkpoints", writable=False) as checkpoints:
+        found = checkpoints.restore({group: params}, step)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: train it first, python train.py {run}")
+    return structure.module(found[1][group]), experiment, experiment.data.build()
+
+
+def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
+    """Prints the summary of a run; returns the figures that metrics need."""
+    experiment, dataset = job.experiment, job.dataset
+    flops = flops_per_token(experiment, job.structure, dataset.labelled)
+    T, B = experiment.data.T, experiment.data.B
+    facts = {
+        "parameters": f"{parameter_count(job.structure.specs):,}",
+        "state": f"{state_bytes(job.model, T):,} bytes a sequence of {T} tokens",
+        "compute": f"{flops / 1e6:,.2f} MFLOP a token and step, {flops * T * B / 1e9:,.1f} GFLOP a step",
+        "data": f"{B} x {T} tokens a step, {dataset.words} words, digest {dataset.digest[:12]}",
+        "steps": f"{experiment.train.steps:,} ({experiment.train.steps * B * T:,} tokens)",
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
+        + ", ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
+        + f", {experiment.mesh.layout}",
+        "run": str(run),
+    }
+    show(console, experiment, job.model, job.structure, job.layout, facts)
+    return {"flops": flops, "peak": peak_flops() or 0.0}
+
+
+class Outcome(dict):
+    """How a run ended: `status` is "done", "stopped" (by a signal) or "diverged"; `evaluation`, `step`, `message`."""
+
+
+def train(
+    experiment: Experiment, run: Path, *, resume: str = "auto", dry_run: bool = False, console: Console | None = None
+) -> Outcome:
+    """Trains, or goes on training, in a folder. `resume`: "auto", "never", or the folder of another run to go on from."""
+    console = console or Console()
+    _check_folder(run, resume)
+    if dry_run:
+        describe(prepare(experiment), console, run)
+        return Outcome(status="dry run", step=0)
+    with RunLock(run):
+        source = run if resume in ("auto", "never") else Path(resume)
+        if resume != "never" and (source / "config.py").is_file():
+            _compare_configs(settings.load(source / "config.py"), experiment, source, console)
+        job = prepare(experiment)
+        facts = describe(job, console, run)
+        _write_atomically(run / "config.py", settings.render(experiment))
+        options = {"keep_last": experiment.train.keep_last, "keep_best": experiment.train.keep_best}
+        with (
+            Stop() as stop,
+            Checkpoints(run / "checkpoints", **options) as checkpoints,
+            Log(run, tensorboard=experiment.train.tensorboard, wandb=experiment.train.wandb) as log,
+        ):
+            state, start = _start(job, checkpoints, source if resume != "never" else None, run, console)
+            log.rewind(start)
+            return _loop(job, state, start, stop, checkpoints, log, facts, run, console)
+
+
+def _loop(
+    job: Job, state: Any, start: int, stop: Stop, checkpoints: Checkpoints, log: Log, facts: dict, run: Path, console
+) -> Outcome:
+    experiment, train = job.experiment, job.experiment.train
+    tokens = experiment.data.B * experiment.data.T
+    rate = learning_rate(experiment.optimizer.lr, experiment.optimizer.schedule, train.steps)
+    source = job.dataset.train(train.seed)
+    evaluation: dict[str, Any] = {}
+
+    def save(step: int, metric: float | None = None) -> None:
+        checkpoints.save(step, flatten_state(state), _meta(job, step), metric)
+
+    def judge(step: int, progress: Progress) -> dict[str, Any]:
+        found = evaluate(job.evaluate, state[job.shown], job.dataset.held_out(train.eval_batches))
+        log.write(step, {"kind": "eval", **found})
+        said = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
+        progress.print(f"step {step}/{train.steps}  held out  {said}")
+        return found
+
+    def due(every: int, step: int) -> bool:
+        return bool(every) and step % every == 0
+
+    with concurrent.futures.ThreadPoolExecutor(1) as reader, Progress(train.steps, start=start, console=console) as progress:
+        ahead = reader.submit(source.__getitem__, start) if start < train.steps else None
+        clock, counted = time.perf_counter(), start
+        for step in range(start + 1, train.steps + 1):
+            batch = ahead.result()
+            if step < train.steps:
+                ahead = reader.submit(source.__getitem__, step)
+            state, metrics = job.step(state, batch)
+            last = step == train.steps
+            if due(train.log_every, step) or last:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                seconds = time.perf_counter() - clock
+                values["learning_rate"] = float(rate(step - 1))
+                values["tokens"] = step * tokens
+                values["tokens_per_second"] = (step - counted) * tokens / seconds
+                if facts["peak"]:
+                    values["mfu"] = values["tokens_per_second"] * facts["flops"] / facts["peak"]
+                bad = int(values.pop("bad"))
+                log.write(step, values)
+                progress.update(step, **{name: values[name] for name in SHOWN if name in values})
+                if bad >= train.bad_steps:
+                    message = (
+                        f"{bad} steps in a row had a non-finite loss or gradient: stopped at step {step}; the last good "
+                        f"checkpoint is of step {(checkpoints.steps() or [0])[-1]}. Lower optimizer.lr or train.clip"
+                    )
+                    return Outcome(status="diverged", step=step, message=message)
+                clock, counted = time.perf_counter(), step
+            metric = None
+            if due(train.eval_every, step) or last:
+                evaluation = judge(step, progress)
+                metric = evaluation["loss"]
+                clock, counted = time.perf_counter(), step
+            asked = stop.requested
+            if due(train.checkpoint_every, step) or last or asked:
+                save(step, metric)
+            if asked and not last:
+                checkpoints.wait()
+                message = f"{asked}: saved step {step}. Continue with: {_command(run)}"
+                return Outcome(status="stopped", step=step, signal=int(signal.Signals[asked]), message=message)
+        checkpoints.wait()
+    if start >= train.steps:  # nothing was left to do
+        evaluation = evaluate(job.evaluate, state[job.shown], job.dataset.held_out(train.eval_batches))
+    params: Params = state[job.shown]
+    return Outcome(
+        status="done", step=train.steps, evaluation=evaluation, model=job.structure.module(params), dataset=job.dataset
+    )
+
+
+def _start(job: Job, checkpoints: Checkpoints, source: Path | None, run: Path, console: Console) -> tuple[Any, int]:
+    """The state to begin with: of the newest whole checkpoint, or a new one."""
+    found = None
+    if source is not None:
+        if source == run:
+            found = checkpoints.restore(flatten_state(job.state))
+        else:
+            with Checkpoints(source / "checkpoints", writable=False) as other:
+                found = other.restore(flatten_state(job.state))
+            if found is None:
+                raise CheckpointError(f"--resume {source}: it has no checkpoint")
+    if found is None:
+        return job.init(), 0
+    step, groups, meta = found
+    if meta["digest"] != job.dataset.digest:
+        raise CheckpointError(
+            f"the data has changed since step {step} was saved (digest {meta['digest'][:12]}, now "
+            f"{job.dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
+        )
+    console.print(f"resuming {source} from step {step}", highlight=False)
+    return unflatten_state(job.state, groups), step
+
+
+def _check_folder(run: Path, resume: str) -> None:
+    if resume == "never" and (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()):
+        raise CheckpointError(f"{run} already holds a run: use --resume auto to go on with it, or another --run")
+    if resume not in ("auto", "never") and not (Path(resume) / "checkpoints").is_dir():
+        raise CheckpointError(f"--resume {resume}: give auto, never, or the folder of a run with checkpoints")
+
+
+def _compare_configs(saved: Experiment, experiment: Experiment, source: Path, console: Console) -> None:
+    for field, old, new in settings.differences(saved, experiment):
+        if field.startswith(MAY_NOT) or not field.startswith(MAY_CHANGE):
+            raise settings.ConfigError(
+                f"{source} was made with {field} = {old!r}, not {new!r}: leave it, or choose another --run"
+            )
+        if field == "train.steps":
+            console.print(f"{field} changes from {old} to {new}: so does the learning-rate schedule", highlight=False)
+
+
+def _meta(job: Job, step: int) -> dict[str, Any]:
+    import flax
+
+    return {
+        "step": step,
+        "seed": job.experiment.train.seed,
+        "digest": job.dataset.digest,
+        "config": settings.render(job.experiment),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _command(run: Path) -> str:
+    return f"python train.py {shlex.quote(str(run))} --run {shlex.quote(str(run))}"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error

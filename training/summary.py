@@ -1,0 +1,79 @@
+"""What a run is about to do, told before it does it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from layers.layer import Tokens
+from models.lm import LanguageModel
+from models.loss import score
+from models.parameters import Spec, Structure
+from training.experiment import Experiment
+from training.flops import count_flops
+from training.layout import Layout
+
+PEAKS = {  # dense bf16 FLOP/s of a device, from its vendor's data sheet, by what its `device_kind` holds
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6": 918e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """Of all devices together; None where the kind is not known."""
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
+    return None if peak is None else peak * jax.device_count()
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def state_bytes(model: LanguageModel, T: int) -> int:
+    """Of one sequence's memory of at most T tokens, measured from its arrays."""
+    return bytes_of(jax.eval_shape(lambda model: model.init_state(1, T), model))
+
+
+def flops_per_token(experiment: Experiment, structure: Structure, labelled: int | None) -> float:
+    """Of a training step (forward and backward, no recomputation: three times the forward pass), by token."""
+    T = experiment.data.T
+    params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in structure.specs.items()}
+    row = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def forward(params: Any, ids: Any, pos: Any, labels: Any) -> Any:
+        model = structure.module(params)
+        return score(model, model.hidden(Tokens(ids, pos)).y_BTD, labels, labelled=labelled).nll
+
+    return 3 * count_flops(forward, params, row, row, row) / T
+
+
+def parameter_count(specs: dict[str, Spec]) -> int:
+    return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def show(
+    console: Console, experiment: Experiment, model: LanguageModel, structure: Structure, layout: Layout, facts: dict
+) -> None:
+    """model: of ShapeDtypeStructs. facts: what else to say, by name."""
+    config, specs = experiment.model, structure.specs
+    table = Table("layer", "repeats", "parameters", "state, bytes a sequence", title=experiment.description)
+    table.add_row("embedding", "", f"{config.W * config.D:,}", "")
+    states = jax.eval_shape(lambda model: model.init_state(1, experiment.data.T), model)
+    for s, stage in enumerate(config.stages):
+        for i, layer in enumerate(stage.pattern):
+            count = parameter_count({n: p for n, p in specs.items() if n.startswith(f"stages.{s}.layers.{i}.")})
+            held = sum(bytes_of(states[s][r][i]) for r in range(stage.repeats))
+            table.add_row(type(layer).__name__, str(stage.repeats), f"{count:,}", f"{held:,}" if held else "-")
+    if not config.tied:
+        table.add_row("head", "", f"{config.W * config.D:,}", "")
+    console.print(table)
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        grid.add_row(name, value)
+    console.print(grid)
+    for line in layout.report(specs):
+        console.print(f"note: {line}", highlight=False)
