@@ -61,7 +61,7 @@ clean:  ## remove .venv and every cache; runs/ stays
 	find . -name __pycache__ -not -path './.git/*' -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Another Python than the one in .venv was asked for (or there is none yet).
-ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+ifneq ($(shell $(PYTHON) -V 2>/dev/null),$(shell $(BIN)/python -V 2>/dev/null))
 $(STAMP): FORCE
 endif
 
