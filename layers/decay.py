@@ -28,7 +28,7 @@ class MambaDecay(nnx.Module):
     ):
         self.bound = bound
         H = sizes["H"]
-        scale = jnp.ones([H]) if bound is not None else jax.random.uniform(rngs.params(), [H], jnp.float32, *A)
+        scale = jnp.ones([H], jnp.float32) if bound is not None else jax.random.uniform(rngs.params(), [H], jnp.float32, *A)
         log_step = jax.random.uniform(
             rngs.params(), [sizes[a] for a in axes], jnp.float32, math.log(1e-3), math.log(0.1)
         )
