@@ -114,21 +114,21 @@ def matmul(n: int) -> Loaded:
 
 
 @functools.cache
-def _built(model: str, depth: int, D: int) -> Any:
+def _decoder(model: str, depth: int, D: int, burst: int) -> tuple[Any, Decoder]:
     config = language_model(model, depth, D)
-    return jax.jit(lambda key: config.build(rngs=nnx.Rngs(params=key)))(jax.random.key(0))
+    built = jax.jit(lambda key: config.build(rngs=nnx.Rngs(params=key)))(jax.random.key(0))
+    return built, Decoder(built, piece=8, burst=burst)
 
 
-def decode(model: str, depth: int, D: int, capacity: int, burst: int, prompt: int = 64) -> Loaded:
+def decode(model: str, depth: int, D: int, capacity: int, burst: int) -> Loaded:
     """One burst of words after a prompt, by the public generator, at batch 1; memories that hold `capacity` tokens."""
-    built = _built(model, depth, D)
-    decoder = Decoder(built, burst=burst)
-    steps = (capacity - prompt) // burst * burst
+    built, decoder = _decoder(model, depth, D, burst)
+    prompt = list(range(decoder.piece))
+    steps = (capacity - len(prompt)) // burst * burst
 
     def words() -> Iterator[np.ndarray]:
-        ids = [i % WORDS for i in range(prompt)]
         while True:
-            yield from decoder.generate([ids], steps, Sampling(temperature=0), capacity=capacity)
+            yield from decoder.generate([prompt], steps, Sampling(temperature=0), capacity=capacity)
 
     stream = words()
     start = time.process_time()
@@ -136,7 +136,6 @@ def decode(model: str, depth: int, D: int, capacity: int, burst: int, prompt: in
     facts = {
         "compile_s": time.process_time() - start,
         "state_bytes": bytes_of(jax.eval_shape(lambda: built.init_state(1, capacity))),
-        "burst": burst,
         "bursts": steps // burst - 1,  # until the memory is full and the stream starts anew
     }
     return Loaded(lambda: next(stream), dict, facts)

@@ -127,7 +127,7 @@ def lengths(op: str, lane: Lane) -> Iterator[Row]:
                 T: ours.load(f"{mode} {T}", op=op, mode=mode, inputs=inputs, T=T, **extra(op), **lane.options)
                 for T in lengths
             }
-            times = interleave([(ours, f"{mode} {T}") for T in lengths], max(lane.rounds, 3), seconds=0.3)
+            times = interleave([(ours, f"{mode} {T}") for T in lengths], max(lane.rounds, 3), seconds=0.2)
             best = [times.best(i) for i in range(len(lengths))]
             exponent = math.log(best[-1] / best[-2]) / math.log(lengths[-1] / lengths[-2])
             yield Row(
