@@ -1,7 +1,7 @@
-"""Floating-point operations of a computation, counted in its jaxpr: nothing is declared by hand, scans are multiplied out.
+"""Floating-point operations of a computation, counted in its jaxpr: nothing is declared by hand, scans multiply out.
 
-XLA's own cost analysis leaves out the trips of loops. Only products of matrices and triangular solves are counted, as
-is usual for model FLOPs; a while loop whose length is not known counts once.
+XLA's own cost analysis leaves out the trips of loops. Only products of matrices are counted, as is usual for model
+FLOPs; a while loop whose length is not known counts once.
 """
 
 import math
@@ -26,9 +26,6 @@ def _equation(equation: Any) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         summed = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         return 2 * math.prod(equation.outvars[0].aval.shape) * summed
-    if name == "triangular_solve":
-        L, X = equation.invars[0].aval.shape, equation.invars[1].aval.shape
-        return math.prod(X) * L[-1]
     inner = [_jaxpr(j) for value in params.values() for j in _inside(value)]
     if name == "cond":
         return max(inner, default=0)
