@@ -12,7 +12,7 @@ def _overview() -> str:
     lines = [f"  {name:24}{describe(path)}" for name, path in config_files().items()]
     return (
         "usage: python train.py CONFIG [--run FOLDER] [--resume auto|never|RUN] [--dry-run] [--field value ...]\n\n"
-        "Trains a language model from a config: a name below, a path to a .py file, or a run folder (its saved config).\n"
+        "Trains a language model from a config: a name below, a .py file, or a run folder (its saved config).\n"
         "The same command goes on with a run that was stopped or killed.\n\n"
         "configs:\n" + "\n".join(lines) + "\n\n"
         "  python train.py CONFIG --help        every field of a config with its meaning and default\n"
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         run: Path = Path("runs") / name
         """Folder of the run."""
         resume: str = "auto"
-        """auto: go on where the folder has a run. never: refuse such a folder. Or another run's folder to go on from."""
+        """auto: go on where the folder has a run; never: refuse such a folder; or the folder of a run to go on from."""
         dry_run: bool = False
         """Stop after the summary."""
 

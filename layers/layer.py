@@ -51,7 +51,7 @@ class LayerConfig:
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        """Small instances that tests, probes and benchmarks pick up: each builds at D = 64 and takes any ids below 50."""
+        """Small instances for tests, probes and benchmarks: each builds at D = 64 and takes any ids below 50."""
         return (cls(),)
 
 
@@ -64,7 +64,7 @@ class Layer(nnx.Module):
     """
 
     def init_state(self, B: int, T: int) -> Any:
-        """An empty memory for B sequences of at most T tokens: a NamedTuple of arrays, or () for a layer without one."""
+        """An empty memory for B sequences of at most T tokens: a NamedTuple of arrays, or () where there is none."""
         raise NotImplementedError
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: Any = None) -> Out:
@@ -75,8 +75,9 @@ class Einsum(nnx.Module):
     """A linear map named by its equation, e.g. `Einsum("BTD,DHK->BTHK", D=64, H=4, K=16, rngs=rngs)`.
 
     Letters of the weight that the output loses are its fan-in; the weight is N(0, scale² / fan_in), float32, and is
-    cast to the dtype of the input. (`fan_in` in its metadata marks it as a matrix: Muon trains those.) `bias=True` adds zeros-initialised terms over the letters that the weight brings.
-    `residual=True` marks a map that writes to the residual stream (a model may scale those down with its depth).
+    cast to the dtype of the input. (`fan_in` in its metadata marks it as a matrix: Muon trains those.) `bias=True`
+    adds terms, zeros at first, over the letters that the weight brings. `residual=True` marks a map that writes to the
+    residual stream (a model may scale those down with its depth).
     """
 
     def __init__(
@@ -118,5 +119,6 @@ def divides(config: Any, part: str, whole: str) -> None:
     """Raises ValueError, naming both fields, unless `part` divides `whole`. For `__post_init__`."""
     a, b = getattr(config, part), getattr(config, whole)
     if b % a:
-        near = [n for n in range(1, b + 1) if b % n == 0]
-        raise ValueError(f"{type(config).__name__}.{part} is {a}, which does not divide {whole} = {b}: try one of {near}")
+        fit = ", ".join(str(n) for n in range(1, b + 1) if b % n == 0)
+        name = f"{type(config).__name__}.{part}"
+        raise ValueError(f"{name} is {a}, which does not divide {whole} = {b}: use one of {fit}")

@@ -2,8 +2,8 @@
 
     x = embed(ids) ;  for each layer: x = x + layer(norm(x)) ;  logits = head(norm(x))
 
-Layers come as stages: a pattern of layers that repeats. The parameters of a stage's repeats are stacked (leading axis L),
-whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU).
+Layers come as stages: a pattern of layers that repeats. The parameters of a stage's repeats are stacked (leading axis
+L), whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU).
 """
 
 import dataclasses
@@ -132,7 +132,8 @@ class LanguageModel(nnx.Module):
         """The residual stream after the last norm, [B, T, D] in the compute dtype.
 
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
-        still advance). aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's stacked, as "stage.*.layer/name".
+        still advance). aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's as "stage.*.layer/name",
+        stacked.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)

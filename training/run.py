@@ -1,6 +1,6 @@
 """A run: from an experiment and a folder to a trained model, resumable at any moment.
 
-A run folder holds config.py (the resolved experiment, as Python), metrics.jsonl, checkpoints/, figures/ and samples.txt.
+A run folder holds config.py (the resolved experiment, as Python), metrics.jsonl, checkpoints/, figures/, samples.txt.
 Batches are a function of (seed, step), steps of (state, batch): what is restored from a checkpoint goes on bit for bit
 as if it had never stopped.
 """
@@ -163,7 +163,7 @@ class Outcome(dict):
 def train(
     experiment: Experiment, run: Path, *, resume: str = "auto", dry_run: bool = False, console: Console | None = None
 ) -> Outcome:
-    """Trains, or goes on training, in a folder. `resume`: "auto", "never", or the folder of another run to go on from."""
+    """Trains, or goes on training, in a folder. `resume`: "auto", "never", or a run's folder to go on from."""
     console = console or Console()
     _check_folder(run, resume)
     if dry_run:
@@ -209,7 +209,10 @@ def _loop(
     def due(every: int, step: int) -> bool:
         return bool(every) and step % every == 0
 
-    with concurrent.futures.ThreadPoolExecutor(1) as reader, Progress(train.steps, start=start, console=console) as progress:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        Progress(train.steps, start=start, console=console) as progress,
+    ):
         ahead = reader.submit(source.__getitem__, start) if start < train.steps else None
         clock, counted = time.perf_counter(), start
         for step in range(start + 1, train.steps + 1):
@@ -231,8 +234,8 @@ def _loop(
                 progress.update(step, **{name: values[name] for name in SHOWN if name in values})
                 if bad >= train.bad_steps:
                     message = (
-                        f"{bad} steps in a row had a non-finite loss or gradient: stopped at step {step}; the last good "
-                        f"checkpoint is of step {(checkpoints.steps() or [0])[-1]}. Lower optimizer.lr or train.clip"
+                        f"{bad} steps in a row had a non-finite loss or gradient: stopped at step {step}; the last "
+                        f"good checkpoint is of step {(checkpoints.steps() or [0])[-1]}. Lower optimizer.lr"
                     )
                     return Outcome(status="diverged", step=step, message=message)
                 clock, counted = time.perf_counter(), step

@@ -20,7 +20,7 @@ LOG2 = float(np.log(2))
 
 
 def init_state(experiment: Experiment, params: Params, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step. counters: int32 `step`, `skipped` (bad steps in all), `bad` (bad steps in a row)."""
+    """The state before the first step. counters, int32: `step`, `skipped` (bad steps in all), `bad` (in a row)."""
     counters = {name: jnp.zeros([], jnp.int32) for name in ("step", "skipped", "bad")}
     state = {"params": params, "opt": optimizer.init(params), "counters": counters}
     if experiment.train.ema is not None:
