@@ -3,9 +3,9 @@
 import dataclasses
 import sys
 import time
-from typing import Annotated
 
 import numpy as np
+import tyro
 
 
 @dataclasses.dataclass
@@ -15,7 +15,7 @@ class Options:
     Bounded memories decode in constant memory at constant speed, however many steps.
     """
 
-    run: Annotated[str, "positional"]
+    run: tyro.conf.Positional[str]
     """Folder of a run, such as runs/quickstart."""
     prompt: str = ""
     """What to continue; empty for the start of a document."""
@@ -33,11 +33,7 @@ class Options:
 
 
 def main() -> None:
-    import tyro
-
-    options = tyro.cli(
-        Options, prog="python -m models.generate", config=(tyro.conf.ConfigureSubcommandArgs(()),)
-    )
+    options = tyro.cli(Options, prog="python -m models.generate")
     from models.decode import Decoder, Sampling
     from training.run import load_model
 
@@ -51,7 +47,7 @@ def main() -> None:
         ids = np.concatenate([[dataset.doc_start], ids])
     print(options.prompt, end="", flush=True)
     text, words, begun = "", [], time.perf_counter()
-    for new in Decoder(model).generate([ids], options.steps, sampling, seed=options.seed):
+    for new in Decoder(model).generate([list(ids)], options.steps, sampling, seed=options.seed):
         words.extend(new[0])
         whole = dataset.decode(np.array(words)).rstrip("\ufffd")  # a character may be complete only with the next token
         print(whole[len(text) :], end="", flush=True)

@@ -79,7 +79,8 @@ class Block(nnx.Module):
         self.layers = nnx.List([config.build(D, rngs=rngs) for config in pattern])
 
     def __call__(self, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
-        after, aux = [], {}
+        after: list[Any] = []
+        aux: dict[str, Array] = {}
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
             out = layer(norm(x_BTD), tokens, None if states is None else states[i])
             y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
@@ -93,7 +94,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: LM, *, rngs: nnx.Rngs):
         self.config, W, D = config, config.W, config.D
         self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D]) * D**-0.5, axes="WD")
-        self.stages = nnx.List([self._stage(stage, rngs) for stage in config.stages])
+        self.stages: Any = nnx.List([self._stage(stage, rngs) for stage in config.stages])
         self.norm = RMSNorm(D, eps=config.norm_eps)
         self.head = None if config.tied else nnx.Param(jnp.zeros([W, D]), axes="WD")
 
@@ -120,12 +121,8 @@ class LanguageModel(nnx.Module):
     def unstacked(self) -> "LanguageModel":
         """The same model with the repeats of each stage laid out apart, so that a decoding loop copies no weights."""
         twin = nnx.clone(self)
-        twin.stages = nnx.List(
-            [
-                nnx.List(unstack(stack, stage.repeats))
-                for stack, stage in zip(self.stages, self.config.stages, strict=True)
-            ]
-        )
+        apart = [unstack(stack, stage.repeats) for stack, stage in zip(self.stages, self.config.stages, strict=True)]
+        twin.stages = nnx.List([nnx.List(blocks) for blocks in apart])
         return twin
 
     def hidden(self, tokens: Tokens, state: State | None = None, *, skip: tuple[str, ...] = ()) -> Out:
@@ -140,7 +137,8 @@ class LanguageModel(nnx.Module):
         if self.embed[...].dtype == jnp.float64:  # a model cast to float64 is a judge: compute in it
             dtype = jnp.dtype(jnp.float64)
         x_BTD = jnp.take(self.embed[...].astype(dtype), tokens.ids_BT, axis=0) * jnp.asarray(config.D**0.5, dtype)
-        after, aux = [], {}
+        after: list[Any] = []
+        aux: dict[str, Array] = {}
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
@@ -163,15 +161,16 @@ class LanguageModel(nnx.Module):
         if scan and not apart:
 
             def body(x_BTD, xs):
-                x_BTD, after, aux = call(xs[0], x_BTD, xs[1], xs[2])
-                return x_BTD, (after, aux)
+                x_BTD, after, said = call(xs[0], x_BTD, xs[1], xs[2])
+                return x_BTD, (after, said)
 
             stacked = None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            x_BTD, (after, said) = jax.lax.scan(body, x_BTD, (blocks, stacked, keep))
-            after = None if states is None else tuple(unstack(after, stage.repeats))
-            return x_BTD, after, {f"*.{name}": value for name, value in said.items()}
+            x_BTD, (new, said) = jax.lax.scan(body, x_BTD, (blocks, stacked, keep))
+            new = None if states is None else tuple(unstack(new, stage.repeats))
+            return x_BTD, new, {f"*.{name}": value for name, value in said.items()}
 
-        after, aux = [], {}
+        after: list[Any] = []
+        aux: dict[str, Array] = {}
         for r, block in enumerate(blocks if apart else unstack(blocks, stage.repeats)):
             x_BTD, new, said = call(
                 block, x_BTD, None if states is None else states[r], None if keep is None else keep[r]

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "osD^vPX"
 INK, FAINT = "#222222", "#767676"
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": INK,

@@ -11,7 +11,7 @@ from training.data import Batch
 from training.step import LOG2
 
 
-def evaluate(step: Callable[[Params, Batch], dict[str, Any]], params: Params, batches: Iterable[Batch]) -> dict:
+def evaluate(step: Callable[[Params, Any], dict[str, Any]], params: Params, batches: Iterable[Batch]) -> dict:
     """loss (nats a token), bits_per_byte, perplexity, accuracy over all that is asked, and `nll_by_position` [T]."""
     total: dict[str, np.ndarray] = {}
     for batch in batches:

@@ -24,7 +24,7 @@ from models.lm import LanguageModel
 from models.parameters import Params, Structure, flatten
 from training import settings
 from training.checkpoint import CheckpointError, Checkpoints
-from training.data import Batch, Dataset
+from training.data import Dataset
 from training.evaluate import evaluate
 from training.experiment import Experiment
 from training.layout import Layout, build_layout
@@ -83,7 +83,6 @@ def prepare(experiment: Experiment) -> Job:
     shardings = layout.like(abstract, structure.specs)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     step = train_step(experiment, structure, optimizer, dataset.token_bytes, dataset.labelled)
-    batch = Batch(layout.batch, layout.batch, layout.batch)
     return Job(
         experiment,
         dataset,
@@ -92,7 +91,7 @@ def prepare(experiment: Experiment) -> Job:
         structure,
         state,
         init=functools.partial(jax.jit(init, out_shardings=shardings), key),
-        step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch), out_shardings=(shardings, None)),
+        step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
         evaluate=jax.jit(eval_step(structure, dataset.token_bytes, dataset.labelled)),
     )
 
@@ -176,11 +175,11 @@ def train(
         job = prepare(experiment)
         facts = describe(job, console, run)
         _write_atomically(run / "config.py", settings.render(experiment))
-        options = {"keep_last": experiment.train.keep_last, "keep_best": experiment.train.keep_best}
+        asked = experiment.train
         with (
             Stop() as stop,
-            Checkpoints(run / "checkpoints", **options) as checkpoints,
-            Log(run, tensorboard=experiment.train.tensorboard, wandb=experiment.train.wandb) as log,
+            Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
+            Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) as log,
         ):
             state, start = _start(job, checkpoints, source if resume != "never" else None, run, console)
             log.rewind(start)
@@ -213,7 +212,7 @@ def _loop(
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         Progress(train.steps, start=start, console=console) as progress,
     ):
-        ahead = reader.submit(source.__getitem__, start) if start < train.steps else None
+        ahead = reader.submit(source.__getitem__, min(start, train.steps - 1))
         clock, counted = time.perf_counter(), start
         for step in range(start + 1, train.steps + 1):
             batch = ahead.result()

@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions over parameters by name."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,16 @@ from jax import Array
 from layers.layer import Tokens
 from models.loss import score
 from models.parameters import Params, Structure
-from training.data import Batch
 from training.experiment import Experiment
+
+
+class DeviceBatch(NamedTuple):
+    """A training.data.Batch on the devices."""
+
+    ids_BT: Array
+    pos_BT: Array
+    labels_BT: Array
+
 
 State = dict[str, Any]  # params, opt, counters, and ema where there is one
 LOG2 = float(np.log(2))
@@ -34,15 +42,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     token_bytes: np.ndarray,
     labelled: int | None,
-) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+) -> Callable[[State, DeviceBatch], tuple[State, dict[str, Array]]]:
     """(state, batch) -> (state, metrics). Jit it with the state donated.
 
     The loss is the mean over the labelled positions of the whole batch, however it is cut into parts. A step with a
     non-finite loss or gradient leaves parameters, optimiser and average as they were, and is counted.
     """
-    train = experiment.train
+    train, ema = experiment.train, experiment.train.ema
 
-    def objective(params: Params, batch: Batch, asked: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Params, batch: DeviceBatch, asked: Array) -> tuple[Array, dict[str, Array]]:
         model = structure.module(params)
         out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT))
         s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
@@ -57,29 +65,29 @@ def train_step(
             f"aux/{name}": value / train.accumulate for name, value in extra.items()
         }
 
-    def gradients(params: Params, batch: Batch) -> tuple[tuple[Array, dict[str, Array]], Params]:
+    def gradients(params: Params, batch: DeviceBatch) -> tuple[tuple[Array, dict[str, Array]], Params]:
         asked = jnp.maximum(jnp.sum(batch.labels_BT >= 0), 1).astype(jnp.float32)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
         if train.accumulate == 1:
             return value_and_grad(params, batch, asked)
         parts = jax.tree.map(lambda x: x.reshape(train.accumulate, -1, *x.shape[1:]), batch)
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
+        def add(total: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(params, part, asked)), None
 
         shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), asked)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+    def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, Array]]:
         params = state["params"]
         (loss, said), grads = gradients(params, batch)
         norm = optax.global_norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = optimizer.update(grads, state["opt"], params)
         new = {"params": optax.apply_updates(params, updates), "opt": opt}
-        if train.ema is not None:
-            new["ema"] = jax.tree.map(lambda a, p: train.ema * a + (1 - train.ema) * p, state["ema"], new["params"])
+        if ema is not None:
+            new["ema"] = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state["ema"], new["params"])
         kept = {name: state[name] for name in new}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
         old, bad = state["counters"], 1 - good.astype(jnp.int32)
@@ -104,10 +112,10 @@ def train_step(
 
 def eval_step(
     structure: Structure, token_bytes: np.ndarray, labelled: int | None = None, skip: tuple[str, ...] = ()
-) -> Callable[[Params, Batch], dict[str, Array]]:
+) -> Callable[[Params, DeviceBatch], dict[str, Array]]:
     """(params, batch) -> sums over the batch: nll, correct and asked by position [T] (or [labelled]), and bytes."""
 
-    def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    def evaluate(params: Params, batch: DeviceBatch) -> dict[str, Array]:
         model = structure.module(params)
         out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT), skip=skip)
         s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)

@@ -105,8 +105,10 @@ def recurrence(
         implementation = "naive" if T <= SHORT else "chunked"
     if implementation == "chunked":
         implementation = "scan" if on_cpu else "split"
-    run = {"naive": _naive, "scan": _scan, "split": _split}[implementation]
-    y_BTHV, S = run(xs, S, rule) if run is _naive else run(xs, S, rule, chunk)
+    if implementation == "naive":
+        y_BTHV, S = _naive(xs, S, rule)
+    else:
+        y_BTHV, S = (_scan if implementation == "scan" else _split)(xs, S, rule, chunk)
     return y_BTHV.astype(w_BTHV.dtype), S
 
 
@@ -173,7 +175,7 @@ def _intra(x: Inputs, entering: Array | None, rule: Rule) -> Chunk:
     causal = jnp.tril(jnp.ones((C, C), bool))
     strict = jnp.tril(jnp.ones((C, C), bool), -1)
     continues = alive = keep = None
-    if x.segment is not None:
+    if x.segment is not None and entering is not None:
         same = (x.segment[..., :, None] == x.segment[..., None, :])[..., None, :, :]
         causal, strict = (same & m.reshape((1,) * (same.ndim - 2) + m.shape) for m in (causal, strict))
         last = x.segment[..., -1:]
