@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
 
     import tyro
 
+    from probes.after import look
     from training.checkpoint import CheckpointError
     from training.report import report
     from training.run import train
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> int:
         outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
         if outcome["status"] == "done":
             report(options.experiment, outcome, options.run)
+            look(outcome, options.run)
     except (ValueError, CheckpointError) as error:
         return _fail(error)
     if "message" in outcome:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from probes.evaluation import Score
+from probes.repetition import Reading
 
 # Okabe & Ito (2008): eight hues that colour-blind readers can tell apart. Yellow is left out: too light for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -114,6 +115,30 @@ def learning_curve(
         axes.set_xlim(0, last)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set_xlabel("training step" + (f" (marked: the first to reach {goal:.0%})" if goal is not None else ""))
+        return _save(figure, path)
+
+
+def repetition_curve(
+    readings: Sequence[Reading], path: str | pathlib.Path, title: str = "Text read twice"
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Accuracy at the first and second reading of a passage, by its length; writes path.png and path.svg."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(title, 6.4)
+        xs = [r.distance for r in readings]
+        second, first = [r.second for r in readings], [r.first for r in readings]
+        axes.errorbar(
+            xs, second, [r.standard_error for r in readings], color=COLOURS[0], marker=MARKERS[0],
+            markeredgecolor="white", capsize=2, elinewidth=1, clip_on=False, zorder=3,
+        )  # fmt: skip
+        axes.plot(xs, first, color=COLOURS[1], marker=MARKERS[1], markeredgecolor="white", clip_on=False, zorder=3)
+        axes.fill_between(xs, first, second, color=COLOURS[0], alpha=0.08, linewidth=0)
+        ends = [((xs[-1], second[-1]), "second reading", COLOURS[0]), ((xs[-1], first[-1]), "first reading", COLOURS[1])]
+        _name_ends(axes, ends)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, [f"{x:,}" for x in xs])
+        axes.minorticks_off()
+        axes.set_xlim(xs[0], xs[-1])
+        axes.set_xlabel("tokens between a token and its repetition")
         return _save(figure, path)
 
 
