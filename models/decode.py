@@ -52,16 +52,22 @@ def draw(logits_BW: Array, key: Array, sampling: Sampling) -> Array:
     return jax.random.categorical(key, logits, -1).astype(jnp.int32)
 
 
+ROOM = 256  # memories that grow are given room for a multiple of so many tokens, so that few sizes are compiled
+
+
 class Decoder:
-    """A model made ready to generate. Compiles once for a batch size, whatever the prompts and lengths.
+    """A model made ready to generate. Compiles once for a batch size and, where memories grow, for their room.
 
     piece: tokens of a prompt read at once. burst: words drawn in one call of the compiled loop (and yielded together).
     """
 
     def __init__(self, model: LanguageModel, *, piece: int = 64, burst: int = 16):
+        if piece < 1 or burst < 1:
+            raise ValueError(f"piece is {piece} and burst {burst}: both must be at least 1")
         self.model = model.unstacked()
         self.piece, self.burst = piece, burst
         self._leaves, self._treedef = jax.tree.flatten(self.model)
+        self._empty = jax.jit(self.model.init_state, static_argnums=(0, 1))  # each array with memory of its own
         self._read = jax.jit(self._read_piece, donate_argnums=1)
         self._write = jax.jit(self._write_burst, static_argnums=5, donate_argnums=1)
 
@@ -77,12 +83,20 @@ class Decoder:
         """Yields int32 [B, n] of new words, n = `burst` at a time, `steps` in all.
 
         prompts: one or more sequences of ids, of any lengths, each the beginning of a document. capacity: tokens that
-        the memories must hold (None: what prompts and steps need); only memories that grow with length care.
+        the memories must hold (None: what prompts and steps need, rounded up); only memories that grow with length
+        care.
 
-        Raises ValueError if a prompt is empty or the capacity is too small.
+        Raises ValueError, when the first words are asked for, if a prompt is empty or holds an id that is no word, if
+        there are no steps, or if the capacity is too small.
         """
-        if not prompts or not all(len(prompt) for prompt in prompts):
+        if not len(prompts) or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: give each at least one token, such as the document start")
+        W = self.model.config.W
+        strange = [word for prompt in prompts for word in prompt if not 0 <= word < W]
+        if strange:
+            raise ValueError(f"a prompt holds the id {strange[0]}: the model knows 0 to {W - 1}")
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: it must be at least 1")
         longest = max(map(len, prompts))
         read = -(-longest // self.piece) * self.piece
         if capacity is not None and capacity < longest + steps:
@@ -95,7 +109,11 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             ids[row, read - len(prompt) :] = prompt
             pos[row, read - len(prompt) :] = np.arange(len(prompt))
-        state = self.model.init_state(len(prompts), capacity or longest + steps)
+        bursts = -(-steps // self.burst)
+        if capacity is None:
+            capacity = -(-(longest + bursts * self.burst) // ROOM) * ROOM
+        # A whole piece is read at once, although a part of it may be padding.
+        state = self._empty(len(prompts), max(capacity, self.piece))
         logits = None
         for start in range(0, read, self.piece):
             piece = Tokens(*(jnp.asarray(x[:, start : start + self.piece]) for x in (ids, pos)))

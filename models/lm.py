@@ -114,14 +114,14 @@ class LanguageModel(nnx.Module):
     def init_state(self, B: int, T: int) -> State:
         """Empty memories for B sequences of at most T tokens: by stage, repeat and layer."""
         return tuple(
-            tuple(tuple(layer.init_state(B, T) for layer in block.layers) for block in unstack(stack, stage.repeats))
-            for stack, stage in zip(self.stages, self.config.stages, strict=True)
+            tuple(tuple(layer.init_state(B, T) for layer in block.layers) for block in _apart(blocks, stage))
+            for blocks, stage in zip(self.stages, self.config.stages, strict=True)
         )
 
     def unstacked(self) -> "LanguageModel":
         """The same model with the repeats of each stage laid out apart, so that a decoding loop copies no weights."""
-        twin = nnx.clone(self)
-        apart = [unstack(stack, stage.repeats) for stack, stage in zip(self.stages, self.config.stages, strict=True)]
+        twin = jax.tree.map(lambda leaf: leaf, self)  # modules anew, the same arrays
+        apart = [_apart(blocks, stage) for blocks, stage in zip(self.stages, self.config.stages, strict=True)]
         twin.stages = nnx.List([nnx.List(blocks) for blocks in apart])
         return twin
 
@@ -129,14 +129,16 @@ class LanguageModel(nnx.Module):
         """The residual stream after the last norm, [B, T, D] in the compute dtype.
 
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
-        still advance). aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's as "stage.*.layer/name",
-        stacked.
+        still advance); ValueError for a name that no layer has. aux: each layer's, as "stage.repeat.layer/name"; a
+        scanned stage's as "stage.*.layer/name", stacked.
         """
         config = self.config
+        check_skip(config, skip)
         dtype = jnp.dtype(config.dtype)
         if self.embed[...].dtype == jnp.float64:  # a model cast to float64 is a judge: compute in it
             dtype = jnp.dtype(jnp.float64)
-        x_BTD = jnp.take(self.embed[...].astype(dtype), tokens.ids_BT, axis=0) * jnp.asarray(config.D**0.5, dtype)
+        # Cast after the look-up: its gradient adds up in float32, and a decoding step casts no table.
+        x_BTD = jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype) * jnp.asarray(config.D**0.5, dtype)
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
@@ -148,7 +150,7 @@ class LanguageModel(nnx.Module):
         return Out(self.norm(x_BTD), None if state is None else tuple(after), aux)
 
     def _run(self, stage: Stage, blocks: Any, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
-        config, apart = self.config, isinstance(blocks, nnx.List)
+        config = self.config
         scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
 
         def call(block, x_BTD, states, keep):
@@ -158,7 +160,7 @@ class LanguageModel(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             call = jax.checkpoint(call, policy=policy)
 
-        if scan and not apart:
+        if scan and not isinstance(blocks, nnx.List):
 
             def body(x_BTD, xs):
                 x_BTD, after, said = call(xs[0], x_BTD, xs[1], xs[2])
@@ -171,7 +173,7 @@ class LanguageModel(nnx.Module):
 
         after: list[Any] = []
         aux: dict[str, Array] = {}
-        for r, block in enumerate(blocks if apart else unstack(blocks, stage.repeats)):
+        for r, block in enumerate(_apart(blocks, stage)):
             x_BTD, new, said = call(
                 block, x_BTD, None if states is None else states[r], None if keep is None else keep[r]
             )
@@ -202,6 +204,11 @@ def unstack(stacked: Any, repeats: int) -> list[Any]:
     ]
 
 
+def _apart(blocks: Any, stage: Stage) -> list[Block]:
+    """The repeats of a stage, one module each, whether they lie stacked or apart."""
+    return list(blocks) if isinstance(blocks, nnx.List) else unstack(blocks, stage.repeats)
+
+
 def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
     """Which layers run, bool [repeats, layers of the pattern]; None for all."""
     names = [[(f"{index}.{r}.{i}", f"{index}.*.{i}") for i in range(len(stage.pattern))] for r in range(stage.repeats)]
@@ -219,4 +226,4 @@ def check_skip(config: LM, skip: tuple[str, ...]) -> None:
     }
     unknown = [name for name in skip if name not in known]
     if unknown:
-        raise ValueError(f"skip names {unknown[0]!r}, which no layer has: they are {sorted(known)}")
+        raise ValueError(f"skip names {unknown[0]!r}, which no layer has: they are {', '.join(sorted(known))}")

@@ -4,7 +4,6 @@ Training, checkpoints and layouts deal in these dicts: flattening a module costs
 a step is given the dict and puts the module together while it is traced.
 """
 
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -38,22 +37,20 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _name(path: Any) -> str:
-    keys = re.findall(r"[A-Za-z_]\w*|\d+", jax.tree_util.keystr(path))
-    return ".".join(k for k in keys if k != "value")
-
-
 def flatten(module: Any) -> tuple[Params, Structure]:
-    """(parameters by name, structure); works on a module of arrays, tracers or ShapeDtypeStructs alike."""
+    """(parameters by name, structure); works on a module of arrays, tracers or ShapeDtypeStructs alike.
+
+    Raises TypeError if the module holds an array that is not a Param.
+    """
     variables = jax.tree.leaves_with_path(module, is_leaf=_is_variable)
     leaves, treedef = jax.tree.flatten(module)
-    if len(leaves) != len(variables):
-        raise TypeError("a module holds an array that is not a Param: keep constants in its config")
     params, specs = {}, {}
     for (path, variable), leaf in zip(variables, leaves, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(variable, nnx.Param):
+            raise TypeError(f"{name} of {type(module).__name__} is no Param: keep constants in the layer's config")
         meta = variable.get_metadata()
         axes = meta.get("axes", "")
-        name = _name(path)
         if len(axes) < len(leaf.shape):
             axes = "L" * (len(leaf.shape) - len(axes)) + axes
         params[name] = leaf
