@@ -6,6 +6,7 @@ import json
 import math
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from probes.tasks.recall import BASED_FIGURE2, ZOOLOGY_FIGURE2, Recall, Segment,
 from training.data import NOT_ASKED, Batch, DataError
 
 SETTINGS = [(8192, 64, 4), (256, 64, 16), (21, 20, 5), (5, 4, 1), (8192, 1024, 256)]
-FILLERS = ["random", "zero", "conflict_free"]
+FILLERS: tuple[recall.Filler, ...] = ("random", "zero", "conflict_free")
 
 
 def places(labels, pairs):
@@ -310,7 +311,7 @@ def test_an_epoch_visits_every_row():
     steps = 3 + 2  # 10 rows and 5 rows in batches of 4
     orders = []
     for epoch in range(3):
-        seen = {8: [], 16: []}
+        seen: dict[int, list[bytes]] = {8: [], 16: []}
         for step in range(epoch * steps, (epoch + 1) * steps):
             b = dataset.batch(0, step)
             assert all(x.shape == (4, 16) and x.dtype == np.int32 for x in b)
@@ -359,7 +360,7 @@ def test_held_out():
 def test_digest():
     digest = MIXTURE.build().digest
     assert digest == MIXTURE.build().digest and len(digest) == 64
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"vocab": 65},
         {"filler": "zero"},
         {"order": "shuffled"},
@@ -412,13 +413,19 @@ def test_scores():
     assert math.isclose(score.standard_error, 0.5)  # shares 1 and 0: deviation sqrt(1/2), over sqrt(2) rows
 
 
+def says(predicted):
+    return lambda _: predicted
+
+
 def test_scores_of_labelled_places_only():
     """[B, Q] predictions line up with the questions in order of place; too few are refused."""
     b = make(50, 32, 4)
     answers = np.take_along_axis(b.labels_BT, places(b.labels_BT, 4), 1)
     answers[:, 2] += np.arange(50) % 2  # every other row: one of four wrong
     wide = np.pad(answers, [(0, 0), (0, 3)])
-    scores = [evaluation.evaluate(lambda _, x=x: x, [b], vocab=64)[0] for x in (answers, wide)]
+    scores = []
+    for predicted in (answers, wide):
+        scores += evaluation.evaluate(says(predicted), [b], vocab=64)
     assert scores[0] == scores[1]
     assert (scores[0].accuracy, scores[0].exact) == (0.875, 0.5)
     with pytest.raises(ValueError, match="ask for more"):
