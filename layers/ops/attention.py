@@ -12,7 +12,8 @@ follows from the times, so that what no query of a block may see costs nothing. 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,17 +86,19 @@ def attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         ).astype(q_BTHK.dtype)
 
+    if not head_major:
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if query_time is None or key_time is None:
         query_time = key_time = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     earliest = jnp.zeros((B, T), jnp.int32) if since is None else jnp.maximum(since, 0)
     if window is not None:
         earliest = jnp.maximum(earliest, query_time - (window - 1))
     if implementation == "naive":
-        y_BTHV = _naive(q, k, v, query_time, earliest, key_time, scale, head_major)
+        y_BTHV = _naive(q, k, v, query_time, earliest, key_time, scale)
     elif implementation == "blocks":
         if block is None:
             block = 128 if jax.default_backend() == "cpu" else 512
-        y_BTHV = _in_blocks(q, k, v, query_time, earliest, key_time, scale, head_major, block)
+        y_BTHV = _in_blocks(q, k, v, query_time, earliest, key_time, scale, block)
     else:
         raise ValueError(f"attention: implementation is {implementation!r}, not naive, blocks, cudnn or auto")
     return y_BTHV.astype(q_BTHK.dtype)
@@ -111,22 +114,29 @@ def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> s
 
 
 def _naive(
-    q_BTHK: Array, k: Array, v: Array, latest_BT: Array, earliest_BT: Array, key_time_BS: Array, scale, head_major: bool
+    q_BTHK: Array,
+    k_BGSK: Array,
+    v_BGSV: Array,
+    latest_BT: Array,
+    earliest_BT: Array,
+    key_time_BS: Array,
+    scale: float,
 ) -> Array:
-    G = k.shape[1 if head_major else 2]
-    keys = "bgsk" if head_major else "bsgk"
-    q_BTGRK = rearrange(q_BTHK, "b t (g r) k -> b t g r k", g=G)
+    (B, T, H, _), (G, S) = q_BTHK.shape, k_BGSK.shape[1:3]
     kind = wide(q_BTHK)
-    s_BGRTS = jnp.einsum(f"btgrk,{keys}->bgrts", q_BTGRK, k, preferred_element_type=kind) * scale
+    # The queries of a group as rows of one matrix: a form of product for which no backend turns a cache around.
+    q_BGRK = rearrange(q_BTHK, "b t (g h) k -> b g (h t) k", g=G)
+    s_BGRS = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, k_BGSK, preferred_element_type=kind) * scale
     time_B1S = key_time_BS[:, None, :]
     visible_BTS = (earliest_BT[:, :, None] <= time_B1S) & (time_B1S <= latest_BT[:, :, None])
-    s_BGRTS = jnp.where(visible_BTS[:, None, None], s_BGRTS, -jnp.inf)
+    s_BHTS = jnp.where(visible_BTS[:, None], s_BGRS.reshape(B, H, T, S), -jnp.inf)
     # A finite maximum keeps exp(-inf - max) at 0, with a zero gradient, where nothing is visible.
-    top_BGRT1 = lax.stop_gradient(jnp.maximum(s_BGRTS.max(-1, keepdims=True), jnp.finfo(kind).min))
-    p_BGRTS = jnp.exp(s_BGRTS - top_BGRT1)
-    total_BTGR1 = rearrange(p_BGRTS.sum(-1), "b g r t -> b t g r 1")
-    y_BTGRV = jnp.einsum(f"bgrts,{keys}->btgrk", p_BGRTS.astype(v.dtype), v, preferred_element_type=kind)
-    return rearrange(y_BTGRV / jnp.where(total_BTGR1 > 0, total_BTGR1, 1), "b t g r v -> b t (g r) v")
+    top_BHT1 = lax.stop_gradient(jnp.maximum(s_BHTS.max(-1, keepdims=True), jnp.finfo(kind).min))
+    p_BHTS = jnp.exp(s_BHTS - top_BHT1)
+    p_BGRS = p_BHTS.reshape(s_BGRS.shape)
+    total_BGR1 = p_BGRS.sum(-1, keepdims=True)
+    y_BGRV = jnp.einsum("bgrs,bgsv->bgrv", p_BGRS.astype(v_BGSV.dtype), v_BGSV, preferred_element_type=kind)
+    return rearrange(y_BGRV / jnp.where(total_BGR1 > 0, total_BGR1, 1), "b g (h t) v -> b t (g h) v", t=T)
 
 
 # Blocks. N blocks of queries, each with R rows (its queries times the heads of a group); J blocks of C keys. A lane is
@@ -146,21 +156,18 @@ class _Times(NamedTuple):
 
 def _in_blocks(
     q_BTHK: Array,
-    k: Array,
-    v: Array,
+    k_BGSK: Array,
+    v_BGSV: Array,
     latest_BT: Array,
     earliest_BT: Array,
     key_time_BS: Array,
     scale: float,
-    head_major: bool,
     block: int,
 ) -> Array:
-    (B, T, H, _), S = q_BTHK.shape, key_time_BS.shape[1]
-    G = k.shape[1 if head_major else 2]
+    (T, H), (G, S) = q_BTHK.shape[1:3], k_BGSK.shape[1:3]
     Q, C = _even(T, block), _even(S, block)
-    q_BGNRK = rearrange(_pad(q_BTHK, 1, Q), "b (n q) (g r) k -> b g n (r q) k", q=Q, g=G)
-    layout = "b g (j c) k -> b g j c k" if head_major else "b (j c) g k -> b g j c k"
-    k_BGJCK, v_BGJCV = (rearrange(_pad(a, 2 if head_major else 1, C), layout, c=C) for a in (k, v))
+    q_BGNRK = rearrange(_pad(q_BTHK, 1, Q), "b (n q) (g h) k -> b g n (h q) k", q=Q, g=G)
+    k_BGJCK, v_BGJCV = (rearrange(_pad(a, 2, C), "b g (j c) k -> b g j c k", c=C) for a in (k_BGSK, v_BGSV))
 
     def rows(time_BT: Array, fill: int) -> Array:
         time_BNQ = rearrange(_pad(time_BT, 1, Q, fill), "b (n q) -> b n q", q=Q)
@@ -171,7 +178,7 @@ def _in_blocks(
     meet_NJ = _meet(latest_BNR, earliest_BNR, key_time_BJC)
     times = _Times(latest_BNR, earliest_BNR, key_time_BJC, _span(meet_NJ), _span(meet_NJ.T))
     y_BGNRV = _flash(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)
-    return rearrange(y_BGNRV, "b g n (r q) v -> b (n q) (g r) v", q=Q)[:, :T]
+    return rearrange(y_BGNRV, "b g n (h q) v -> b (n q) (g h) v", q=Q)[:, :T]
 
 
 def _even(length: int, block: int) -> int:
@@ -202,14 +209,18 @@ def _span(meet_NJ: Array) -> Array:
     return jnp.stack([jnp.where(meet_NJ, j_1J, J).min(1), jnp.where(meet_NJ, j_1J + 1, 0).max(1)], axis=1)
 
 
-def _over_lanes(lane, *flags: tuple[int | None, int | None]):
-    """`lane` over B and G; each argument's axes are told as (over B, over G)."""
-    over_G = jax.vmap(lane, in_axes=tuple(g for _, g in flags))
-    return jax.vmap(over_G, in_axes=tuple(b for b, _ in flags))
+def _over_lanes(lane: Callable[..., Any]) -> Callable[..., Any]:
+    """`lane(times, *arrays)` over B and G: the arrays have both axes, the times B, and which blocks meet neither."""
 
+    def over_B(latest: Array, earliest: Array, key_time: Array, meets: tuple[Array, Array], *arrays: Array):
+        times = _Times(latest, earliest, key_time, *meets)
+        return jax.vmap(lambda *arrays: lane(times, *arrays))(*arrays)
 
-_LANE = (0, 0)
-_ROW = _Times(0, 0, 0, None, None), _Times(None, None, None, None, None)
+    def over(times: _Times, *arrays: Array):
+        axes = (0, 0, 0, None, *[0] * len(arrays))
+        return jax.vmap(over_B, in_axes=axes)(*times[:3], times[3:], *arrays)
+
+    return over
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -219,7 +230,7 @@ def _flash(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale:
 
 def _flash_forward(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float):
     lane = functools.partial(_lane_forward, scale=scale)
-    y_BGNRV, lse_BGNR = _over_lanes(lane, _LANE, _LANE, _LANE, _ROW)(q_BGNRK, k_BGJCK, v_BGJCV, times)
+    y_BGNRV, lse_BGNR = _over_lanes(lane)(times, q_BGNRK, k_BGJCK, v_BGJCV)
     return y_BGNRV, (q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR)
 
 
@@ -228,16 +239,14 @@ def _flash_backward(scale: float, kept, dy_BGNRV: Array):
     # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t.
     dot_BGNR = jnp.sum(dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype), -1)
     lane = functools.partial(_lane_backward, scale=scale)
-    dq, dk, dv = _over_lanes(lane, _LANE, _LANE, _LANE, _ROW, _LANE, _LANE, _LANE)(
-        q_BGNRK, k_BGJCK, v_BGJCV, times, dy_BGNRV, lse_BGNR, dot_BGNR
-    )
+    dq, dk, dv = _over_lanes(lane)(times, q_BGNRK, k_BGJCK, v_BGJCV, dy_BGNRV, lse_BGNR, dot_BGNR)
     return dq, dk, dv, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _lane_forward(q_NRK: Array, k_JCK: Array, v_JCV: Array, times: _Times, *, scale: float) -> tuple[Array, Array]:
+def _lane_forward(times: _Times, q_NRK: Array, k_JCK: Array, v_JCV: Array, *, scale: float) -> tuple[Array, Array]:
     """y_NRV and the log-sum-exp_NR of the scores, one block of queries after the other."""
     kind = wide(q_NRK)
     R, V = q_NRK.shape[1], v_JCV.shape[-1]
@@ -267,10 +276,10 @@ def _lane_forward(q_NRK: Array, k_JCK: Array, v_JCV: Array, times: _Times, *, sc
 
 
 def _lane_backward(
+    times: _Times,
     q_NRK: Array,
     k_JCK: Array,
     v_JCV: Array,
-    times: _Times,
     dy_NRV: Array,
     lse_NR: Array,
     dot_NR: Array,
