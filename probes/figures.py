@@ -132,8 +132,8 @@ def repetition_curve(
         )  # fmt: skip
         axes.plot(xs, first, color=COLOURS[1], marker=MARKERS[1], markeredgecolor="white", clip_on=False, zorder=3)
         axes.fill_between(xs, first, second, color=COLOURS[0], alpha=0.08, linewidth=0)
-        ends = [((xs[-1], second[-1]), "second reading", COLOURS[0]), ((xs[-1], first[-1]), "first reading", COLOURS[1])]
-        _name_ends(axes, ends)
+        lines = (("second reading", second), ("first reading", first))
+        _name_ends(axes, [((xs[-1], ys[-1]), name, COLOURS[n]) for n, (name, ys) in enumerate(lines)])
         axes.set_xscale("log", base=2)
         axes.set_xticks(xs, [f"{x:,}" for x in xs])
         axes.minorticks_off()

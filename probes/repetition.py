@@ -1,7 +1,7 @@
-"""Recall in a language model's own terms: held-out text, read twice. What it has read once it should know the second time.
+"""Recall in a language model's own terms: held-out text read twice. What was read once should be known the second time.
 
-A row is a document start, a passage of n tokens, and the same passage again. A model without memory predicts both alike;
-one that recalls predicts the second far better, as long as n tokens fit in what it remembers.
+A row is a document start, a passage of n tokens, and the same passage again. A model without memory predicts both
+alike; one that recalls predicts the second far better, as long as n tokens fit in what it remembers.
 """
 
 import dataclasses
