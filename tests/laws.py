@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reading import (
+    QUICK,
     B,
     D,
     W,
@@ -76,9 +77,7 @@ def any_cut_of_time(config: LayerConfig) -> None:
     x_BTD = stream(T)
     said = tokens(np.stack([places(T, C // 2 + 3, C // 2 + 4, C + 5), places(T, C, 2 * C - 1)]))
     y_BTD, end = read(layer, x_BTD, said, empty, [T])
-    trained, none = apply(layer, x_BTD, said, None)
-    assert none is None, "a training call returned a state"
-    same(trained, y_BTD, "training call against fresh state")
+    same(pull(layer, x_BTD, said, x_BTD)[0], y_BTD, "training call against fresh state")
 
     _, warm = read(layer, stream(C, 3), tokens(np.stack([places(C, 5), places(C)])), empty, [C])
     goes_on = Tokens(said.ids_BT, np.stack([np.where(places(T, 9) == np.arange(T), C - 5, 0), [C] * T]))
@@ -124,6 +123,8 @@ def state_keeps_its_shape(config: LayerConfig) -> None:
             shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (before, out.state)]
             assert shapes[0] == shapes[1], f"the state changed from {shapes[0]} to {shapes[1]}"
             assert (out.y_BTD.shape, out.y_BTD.dtype) == (x_BTD.shape, dtype), f"y is {out.y_BTD}, x {x_BTD}"
+            trained = jax.eval_shape(lambda x, said: layer(x, said), x_BTD, said)
+            assert trained.state is None, "a training call returned a state"
     sizes = {T: state_bytes(layer, 1, T) for T in (1024, 2048, 4096, 4097)}
     per_token = sizes[4097] - sizes[4096]
     for T, size in sizes.items():
@@ -257,98 +258,112 @@ def padding_changes_nothing(config: LayerConfig) -> None:
 
 
 @jax.jit
-def slopes(layer: Any, x_BTD: jax.Array, said: Tokens, dy_BTD: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-    """Objective, and its gradients in the layer and in x, of a training call with its auxiliary losses."""
+def slopes(
+    layer: Any, x_BTD: jax.Array, said: Tokens, dy_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+    """A training call with its auxiliary losses: the objective, y, and the gradients in the layer and in x."""
 
-    def objective(layer: Any, x_BTD: jax.Array) -> jax.Array:
+    def objective(layer: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = layer(x_BTD, said)
         extra = sum(jnp.sum(a.astype(jnp.float32)) for name, a in out.aux.items() if name.startswith("loss/"))
-        return jnp.sum((out.y_BTD * dy_BTD).astype(jnp.float32)) + extra
+        return jnp.sum((out.y_BTD * dy_BTD).astype(jnp.float32)) + extra, out.y_BTD
 
-    value, (d_layer, dx_BTD) = jax.value_and_grad(objective, argnums=(0, 1))(layer, x_BTD)
-    return value, d_layer, dx_BTD
+    (value, y_BTD), (d_layer, dx_BTD) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(layer, x_BTD)
+    return value, y_BTD, d_layer, dx_BTD
+
+
+INPUTS = ("usual", "x100", "constant", "positive", "zero")
+
+
+@functools.lru_cache(maxsize=4)
+def long_run(config: LayerConfig, scale: int) -> tuple[np.ndarray, Tokens, tuple[Any, ...]]:
+    """4096 bfloat16 tokens, a row for each of INPUTS, through the initial layer with scaled Params: x and slopes."""
+    x_BTD = stream(LONG, rows=len(INPUTS))
+    x_BTD[1] *= 100 if scale == 1 else 1
+    x_BTD[2], x_BTD[3], x_BTD[4] = x_BTD[2, :1], np.abs(x_BTD[3]), 0
+    x_BTD = x_BTD.astype(jnp.bfloat16)
+    first = pad(places(LONG, 1000, 2048), (0, 5), (3000, 3100))
+    said = tokens(np.stack([first, *[places(LONG)] * (len(INPUTS) - 1)]))
+    layer = jax.tree.map(lambda a: a * np.asarray(scale, a.dtype), copy(build(config)))
+    dy_BTD = stream(LONG, 1, len(INPUTS)).astype(jnp.bfloat16)
+    return x_BTD, said, jax.device_get(slopes(layer, x_BTD, said, dy_BTD))
 
 
 @law
 def finite_gradients(config: LayerConfig) -> None:
     """bfloat16, 4096 tokens: large, constant, all-positive and zero inputs; Params tenfold, reversed, or all zero."""
-    first, T = copy(build(config)), LONG
-    x_BTD = stream(T, rows=5)
-    x_BTD[2], x_BTD[3], x_BTD[4] = x_BTD[2, :1], np.abs(x_BTD[3]), 0
-    pos_BT = np.stack([pad(places(T, 1000, 2048), (0, 5), (3000, 3100)), *[places(T)] * 4])
-    dy_BTD = jnp.asarray(stream(T, 1, rows=5), jnp.bfloat16)
+    assert all(is_float(a) for a in jax.tree.leaves(build(config))), "a leaf is no float: it would break every gradient"
     for scale in (1, 10, -10, 0):
-        x_BTD[1] = stream(T, 2)[0] * (100 if scale == 1 else 1)
-        layer = jax.tree.map(lambda a, scale=scale: a * np.asarray(scale, a.dtype), first)
-        value, d_layer, dx_BTD = slopes(layer, jnp.asarray(x_BTD, jnp.bfloat16), tokens(pos_BT), dy_BTD)
-        finite_rows = np.isfinite(np.asarray(dx_BTD, np.float32)).all((1, 2))
-        rows = [
-            name
-            for name, ok in zip(("usual", "x100", "constant", "positive", "zero"), finite_rows, strict=True)
-            if not ok
-        ]
+        _, _, (value, _, d_layer, dx_BTD) = long_run(config, scale)
+        finite = np.isfinite(dx_BTD.astype(np.float32)).all((1, 2))
+        rows = [name for name, ok in zip(INPUTS, finite, strict=True) if not ok]
         assert not rows, f"Params x{scale}: the gradient in x is not finite for inputs {rows}"
         assert np.isfinite(value), f"Params x{scale}: the objective is not finite"
         for path, slope in jax.tree_util.tree_leaves_with_path(d_layer):
-            assert np.isfinite(slope).all(), (
-                f"Params x{scale}: the gradient in {jax.tree_util.keystr(path)} is not finite"
-            )
+            name = jax.tree_util.keystr(path)
+            assert np.isfinite(slope).all(), f"Params x{scale}: the gradient in {name} is not finite"
 
 
 @law
 @double
 def implementations_agree(config: LayerConfig) -> None:
-    """naive, chunked and auto: the same y, memory and gradients at a length that nothing divides."""
+    """naive, chunked and what the example uses: the same y, memory and gradients at a length that nothing divides."""
     if not hasattr(config, "implementation"):
         return
     T = length(config)
     x_BTD, dy_BTD = stream(T), stream(T, 1)
     said = tokens(np.stack([places(T, 5, grain(config) + 3), places(T)]))
     results = {}
-    for name in ("naive", "chunked", "auto"):
+    for name in ("naive", "chunked", config.implementation):
         chosen = dataclasses.replace(config, implementation=name)
-        layer = jax.tree.unflatten(jax.tree.structure(build(chosen)), jax.tree.leaves(copy(stack(config))))
+        structure = jax.tree.structure(jax.eval_shape(lambda chosen=chosen: chosen.build(D, rngs=nnx.Rngs(params=0))))
+        layer = jax.tree.unflatten(structure, jax.tree.leaves(copy(stack(config))))
         _, end = read(layer, x_BTD, said, fresh(layer, config), [T])
         y_BTD, d_layer, dx_BTD = pull(layer, x_BTD, said, dy_BTD)
-        results[name] = (y_BTD, end, dx_BTD), {k: v for k, v in enumerate(jax.tree.leaves(d_layer))}
-    for name in ("chunked", "auto"):
+        results[name] = {
+            "y": y_BTD,
+            "dx": dx_BTD,
+            "memory": end,
+            "gradients": dict(enumerate(jax.tree.leaves(d_layer))),
+        }
+    for name in ("chunked", config.implementation):
         same_tree(results[name], results["naive"], f"{name} against naive")
 
 
-@jax.jit
-def deep(layers: Any, x_BTD: jax.Array, said: Tokens, dy_BTD: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-    """`pull` through a residual stack, as a model runs it: a scan over checkpointed layers."""
+@functools.partial(jax.jit, compiler_options=QUICK)
+def deep(layers_LM: Any, x_MBTD: jax.Array, said: Tokens, dy_MBTD: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+    """`pull` through M residual stacks of L layers: a scan over checkpointed layers, each under vmap."""
 
     @jax.checkpoint
-    def block(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        return x_BTD + layer(x_BTD, said).y_BTD, None
+    def block(x_MBTD: jax.Array, layer_M: Any) -> tuple[jax.Array, None]:
+        return x_MBTD + jax.vmap(lambda layer, x: layer(x, said).y_BTD)(layer_M, x_MBTD), None
 
-    y_BTD, back = jax.vjp(lambda layers, x: jax.lax.scan(block, x, layers)[0], layers, x_BTD)
-    return y_BTD, *back(dy_BTD)
+    y_MBTD, back = jax.vjp(lambda layers, x: jax.lax.scan(block, x, layers)[0], layers_LM, x_MBTD)
+    return y_MBTD, *back(dy_MBTD)
 
 
 @law
 @double
 def transforms_change_nothing(config: LayerConfig) -> None:
-    """vmap over stacked copies, and a scan over checkpointed layers, against the layers one at a time."""
+    """Two stacks side by side, by vmap, scan and checkpoint as a model runs them, against the layers one at a time."""
     layers, T = stack(config), length(config)
-    assert all(map(is_float, jax.tree.leaves(layers))), "a leaf is no float: it would break every gradient"
+    assert all(is_float(a) for a in jax.tree.leaves(layers)), "a leaf is no float: it would break every gradient"
     said, x_BTD, dy_BTD = tokens(scene(config)), stream(T), stream(T, 1)
-    one, two = copy(layers, 0), copy(layers, 1)
-    states = jax.tree.map(lambda a: np.stack([a, a]), fresh(one, config))
-    together = jax.jit(jax.vmap(apply.__wrapped__, in_axes=(0, None, None, 0)))(layers, x_BTD, said, states)
-    for i, layer in enumerate((one, two)):
-        same_tree(copy(together, i), apply(layer, x_BTD, said, copy(states)), f"copy {i} under vmap")
-
-    y_one, *_ = pull(one, x_BTD, said, dy_BTD)
-    y_two, d_two, dx = pull(two, x_BTD + np.asarray(y_one), said, dy_BTD)
-    between = dy_BTD + np.asarray(dx)
-    _, d_one, dx = pull(one, x_BTD, said, between)
-    got_y, got_d, got_dx = deep(layers, x_BTD, said, dy_BTD)
-    same(got_y, x_BTD + np.asarray(y_one) + np.asarray(y_two), "y of a scan over layers")
-    same(got_dx, between + np.asarray(dx), "gradient in x of a scan over layers")
-    for i, wanted in enumerate((d_one, d_two)):
-        same_tree(copy(jax.device_get(got_d), i), wanted, f"gradient of layer {i} in a scan over layers")
+    crossed = jax.tree.map(lambda a: np.stack([a, a[::-1]], axis=1), layers)  # stack 0: copies 0, 1; stack 1: 1, 0
+    twice = np.stack([x_BTD, x_BTD]), said, np.stack([dy_BTD, dy_BTD])
+    got_y, got_d, got_dx = jax.device_get(deep(crossed, *twice))
+    for m in range(2):
+        lower, upper = copy(layers, m), copy(layers, 1 - m)
+        y_lower, *_ = pull(lower, x_BTD, said, dy_BTD)
+        between_BTD = x_BTD + np.asarray(y_lower)
+        y_upper, d_upper, dx_upper = pull(upper, between_BTD, said, dy_BTD)
+        dy_lower = dy_BTD + np.asarray(dx_upper)
+        _, d_lower, dx_lower = pull(lower, x_BTD, said, dy_lower)
+        same(got_y[m], between_BTD + np.asarray(y_upper), f"y of stack {m}")
+        same(got_dx[m], dy_lower + np.asarray(dx_lower), f"gradient in x of stack {m}")
+        for place, want in enumerate((d_lower, d_upper)):
+            got = jax.tree.map(lambda a, at=(place, m): a[at], got_d)
+            same_tree(got, want, f"gradient of layer {place} of stack {m}")
 
 
 def lay_out(layer: Any, mesh: Mesh) -> Any:
@@ -377,7 +392,7 @@ def a_mesh_changes_nothing(config: LayerConfig) -> None:
     arguments = (lay_out(layer, mesh), *jax.device_put((x_BTD, said), by_rows), None)
     program = apply.lower(*arguments).compile()
     y_BTD, _ = program(*arguments)
-    same(y_BTD, apply(layer, x_BTD, said, None)[0], "y on a mesh")
+    same(y_BTD, pull(layer, x_BTD, said, x_BTD)[0], "y on a mesh")
     for kind, shape, groups in collectives(program.as_text()):
         # Partial sums over `model` are what the layout asks for. T is odd and no other size: 2.5 chunks and a token.
         assert kind == "all-reduce" and groups in OVER_MODEL or not any(n % T == 0 for n in shape), (
@@ -405,13 +420,14 @@ def rms(a: Any) -> float:
 @law
 def bfloat16_stays_close(config: LayerConfig) -> None:
     """A bfloat16 stream through the initial layer errs by at most 2% (RMSE over RMS) of double precision."""
-    layer, T = copy(build(config)), length(config)
-    said = tokens(np.stack([places(T)] * B))
-    x_BTD = jnp.asarray(stream(T), jnp.bfloat16)
-    y_BTD, _ = apply(layer, x_BTD, said, None)
+    T = length(config)
+    x_BTD, said, (_, y_BTD, *_) = long_run(config, 1)
+    rows = [INPUTS.index("usual"), INPUTS.index("positive")]  # causal: the first T of 4096 tokens stand alone
+    x_BTD, said = x_BTD[rows, :T].astype(np.float64), Tokens(*(a[rows, :T] for a in said))
     with jax.enable_x64(True):
-        want, _ = apply(cast(layer, np.float64), np.asarray(x_BTD).astype(np.float64), said, None)
-    error = rms(np.asarray(y_BTD, np.float64) - np.asarray(want)) / max(rms(want), 1e-6)
+        want_BTD = np.asarray(pull(cast(copy(build(config)), np.float64), x_BTD, said, x_BTD)[0])
+    valid = said.pos_BT >= 0
+    error = rms((y_BTD[rows, :T].astype(np.float64) - want_BTD)[valid]) / max(rms(want_BTD[valid]), 1e-6)
     assert error <= 0.02, f"bfloat16 errs by {error:.4f} of the output's RMS"
 
 
@@ -419,8 +435,8 @@ def bfloat16_stays_close(config: LayerConfig) -> None:
 @double
 def initial_output_in_band(config: LayerConfig) -> None:
     """At its initial values a layer answers N(0, 1) with an RMS of 0.05 to 3, or with nothing at all."""
-    T = length(config)
-    said = tokens(np.stack([places(T)] * B))
-    y_BTD, _ = apply(cast(copy(build(config)), np.float64), stream(T), said, None)
+    x_BTD = stream(length(config))
+    said = tokens(np.stack([places(length(config))] * B))
+    y_BTD, *_ = pull(cast(copy(build(config)), np.float64), x_BTD, said, x_BTD)
     size = rms(y_BTD)
     assert size == 0 or 0.05 <= size <= 3, f"RMS of the initial output is {size:.3g}"

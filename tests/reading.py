@@ -19,6 +19,7 @@ from layers.layer import LayerConfig, Tokens
 
 D, B, W = 64, 2, 50  # the contract: examples build at this width and take any ids below W
 TOLERANCE = 1e-9  # relative, float64
+QUICK = {"xla_backend_optimization_level": 0}  # for programs that are compiled once and run a few milliseconds
 
 
 def fields(config: Any) -> Iterator[tuple[str, Any]]:
@@ -32,9 +33,13 @@ def fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def grain(config: LayerConfig) -> int:
-    """C, the period that cuts and documents should straddle; 64, the usual chunk of an op, where the config is mute."""
+    """C, at least 16: whole periods of what cuts and documents should straddle, the config's chunk or window.
+
+    Where the config is mute C is 64, the usual chunk of an op.
+    """
     found = [v for name, v in fields(config) if name in ("chunk", "window", "segment") and isinstance(v, int) and v > 0]
-    return max(found, default=64)
+    period = max(found, default=64)
+    return period * -(-16 // period)
 
 
 def length(config: LayerConfig) -> int:
@@ -104,13 +109,13 @@ def pad(pos_T: np.ndarray, *gaps: tuple[int, int]) -> np.ndarray:
     return np.array(out)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def apply(layer: Any, x_BTD: jax.Array, said: Tokens, state: Any) -> tuple[jax.Array, Any]:
     out = layer(x_BTD, said, state)
     return out.y_BTD, out.state
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def pull(layer: Any, x_BTD: jax.Array, said: Tokens, dy_BTD: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
     """y of a training call, and the gradients of sum(y * dy) in the layer and in x."""
     y_BTD, back = jax.vjp(lambda layer, x: layer(x, said).y_BTD, layer, x_BTD)

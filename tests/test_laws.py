@@ -1,5 +1,7 @@
 """Every law over every example of every layer that exists. Nothing is listed and nobody opts out."""
 
+import dataclasses
+
 import laws
 import pytest
 
@@ -8,8 +10,10 @@ from layers.layer import LayerConfig
 
 
 def name(config: LayerConfig) -> str:
-    """The class and what the example says of itself where it differs from the class's defaults."""
-    return repr(config).replace(" ", "").replace("'", "")
+    """The class, and the fields in which the example differs from the class's defaults."""
+    fields = dataclasses.fields(config)
+    changed = [f"{f.name}={getattr(config, f.name)}" for f in fields if getattr(config, f.name) != f.default]
+    return f"{type(config).__name__}({','.join(changed)})"
 
 
 EXAMPLES = [
