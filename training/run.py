@@ -27,6 +27,7 @@ from training.checkpoint import CheckpointError, Checkpoints
 from training.data import Dataset
 from training.evaluate import evaluate
 from training.experiment import Experiment
+from training.heap import keep_heap
 from training.layout import Layout, build_layout
 from training.lock import RunLock
 from training.log import Log, Progress
@@ -67,6 +68,8 @@ def prepare(experiment: Experiment) -> Job:
         raise ValueError(
             f"model.W is {experiment.model.W}, but the data has {dataset.words} words: use --model.W {dataset.words}"
         )
+    if jax.default_backend() == "cpu":
+        keep_heap()
     layout = build_layout(experiment.mesh, experiment.data.B)
     # The key is made of threefry whatever the backend, and partitionable: one initialisation on every mesh.
     key = jax.random.key(experiment.train.seed, impl="threefry2x32")
