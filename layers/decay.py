@@ -28,10 +28,11 @@ class MambaDecay(nnx.Module):
     ):
         self.bound = bound
         H = sizes["H"]
-        scale = jnp.ones([H], jnp.float32) if bound is not None else jax.random.uniform(rngs.params(), [H], jnp.float32, *A)
-        log_step = jax.random.uniform(
-            rngs.params(), [sizes[a] for a in axes], jnp.float32, math.log(1e-3), math.log(0.1)
-        )
+        scale = jnp.ones([H], jnp.float32)
+        if bound is None:
+            scale = jax.random.uniform(rngs.params(), [H], jnp.float32, *A)
+        shape = [sizes[a] for a in axes]
+        log_step = jax.random.uniform(rngs.params(), shape, jnp.float32, math.log(1e-3), math.log(0.1))
         step = jnp.exp(log_step)
         self.A_log = nnx.Param(jnp.log(scale), axes="H", decay=False)
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)), axes=axes, decay=False)  # softplus^-1(step)
