@@ -47,11 +47,15 @@ def main() -> None:
         ids = np.concatenate([[dataset.doc_start], ids])
     print(options.prompt, end="", flush=True)
     text, words, begun = "", [], time.perf_counter()
-    for new in Decoder(model).generate([list(ids)], options.steps, sampling, seed=options.seed):
-        words.extend(new[0])
-        whole = dataset.decode(np.array(words)).rstrip("\ufffd")  # a character may be complete only with the next token
-        print(whole[len(text) :], end="", flush=True)
-        text = whole
+    try:
+        for new in Decoder(model).generate([list(ids)], options.steps, sampling, seed=options.seed):
+            words.extend(new[0])
+            # A character may be complete only with the next token.
+            whole = dataset.decode(np.array(words)).rstrip("\ufffd")
+            print(whole[len(text) :], end="", flush=True)
+            text = whole
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     rate = len(words) / (time.perf_counter() - begun)
     print(f"\n[{len(words)} tokens, {rate:.0f} a second, reading the prompt and compiling included]", file=sys.stderr)
 

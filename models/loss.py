@@ -49,14 +49,15 @@ def score(
         hit = (best == label).astype(logits.dtype)
         return Scores(only(log_z - chosen), only(hit), only(log_z**2), asked.astype(logits.dtype), labels_BT)
 
-    pieces = 1
-    while B * T * model.config.W > limit * pieces and T % (2 * pieces) == 0:
-        pieces *= 2
-    if pieces == 1:
+    size = max(limit // (B * model.config.W), 1)  # positions of every row at once
+    if size >= T:
         return part(hidden_BTD, labels_BT)
+    pieces = -(-T // size)
+    size = -(-T // pieces)
 
-    def cut(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(B, pieces, T // pieces, *x.shape[2:]), 1, 0)
+    def cut(x: Array, filler: int) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pieces * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=filler)
+        return jnp.moveaxis(x.reshape(B, pieces, size, *x.shape[2:]), 1, 0)
 
-    scores = jax.lax.map(jax.checkpoint(lambda xs: part(*xs)), (cut(hidden_BTD), cut(labels_BT)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T), scores)
+    scores = jax.lax.map(jax.checkpoint(lambda xs: part(*xs)), (cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)

@@ -1,6 +1,7 @@
 """From letters to devices: one rule table lays out parameters, optimiser state and batches alike."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -77,9 +78,11 @@ def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layo
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError("mesh.data and mesh.model are both -1: fix one of them")
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if fixed < 1 or len(devices) % fixed or (not free and fixed > len(devices)):
-        raise ValueError(f"mesh has {sizes} but there are {len(devices)} devices: their product must divide that")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(devices) % fixed:
+        said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+        fit = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise ValueError(f"{said} do not fit {len(devices)} devices: their product (without a -1) must be one of {fit}")
     if free:
         sizes[free[0]] = len(devices) // fixed
     if B % sizes["data"]:

@@ -1,5 +1,7 @@
 """An optimiser from its config, over parameters by name."""
 
+from typing import Any
+
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -14,8 +16,8 @@ def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule
     if schedule.shape == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=schedule.final)
     elif schedule.shape == "wsd":
-        down = max(round(schedule.decay * steps), 1)
-        after = optax.linear_schedule(peak, schedule.final * peak, down, transition_begin=max(rest - down, 0))
+        down = min(max(round(schedule.decay * steps), 1), rest)
+        after = optax.linear_schedule(peak, schedule.final * peak, down, transition_begin=rest - down)
     else:
         after = optax.constant_schedule(peak)
     if not warmup:
@@ -28,24 +30,36 @@ def build_optimizer(
     config: AdamW | Muon, steps: int, clip: float | None, specs: dict[str, Spec]
 ) -> optax.GradientTransformation:
     """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`)."""
-    decayed = {name: spec.decay for name, spec in specs.items()}
-    schedule = learning_rate(config.lr, config.schedule, steps)
+
+    def decayed(params: Any) -> Any:  # of the parameters that a part of the optimiser is given
+        return {name: specs[name].decay for name in params}
+
+    def adam(lr: float, eps: float) -> optax.GradientTransformation:
+        schedule = learning_rate(lr, config.schedule, steps)
+        return optax.adamw(schedule, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
+
     if isinstance(config, AdamW):
-        optimizer = optax.adamw(
-            schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
-        )
+        optimizer = adam(config.lr, config.eps)
     else:
-        optimizer = muon(
-            schedule,
-            beta=config.momentum,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=learning_rate(config.adam_lr or config.lr, config.schedule, steps),
-            muon_weight_dimension_numbers={name: _dimensions(spec) for name, spec in specs.items()},
-            consistent_rms=0.2,
+        # optax's muon would train the rest too, but decay all of it: it is given the matrices alone.
+        matrices = {name: numbers for name, spec in specs.items() if (numbers := _dimensions(spec)) is not None}
+
+        def dimensions(params: Any) -> Any:
+            return {name: matrices.get(name) for name in params}
+
+        optimizer = optax.partition(
+            {
+                "muon": muon(
+                    learning_rate(config.lr, config.schedule, steps),
+                    beta=config.momentum,
+                    weight_decay=config.weight_decay,
+                    weight_decay_mask=decayed,
+                    muon_weight_dimension_numbers=dimensions,
+                    consistent_rms=0.2,
+                ),
+                "adam": adam(config.adam_lr or config.lr, 1e-8),
+            },
+            {name: "muon" if name in matrices else "adam" for name in specs},
         )
     return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
 

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from layers.layer import Tokens
-from models.loss import score
+from models.loss import ASK_NOTHING, score
 from models.parameters import Params, Structure
 from training.experiment import Experiment
 
@@ -56,21 +56,25 @@ def train_step(
         s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
         nll = jnp.sum(s.nll)
         loss = nll / asked + train.z_loss * jnp.sum(s.squared_log_z) / asked
-        extra = {name: jnp.mean(value) for name, value in out.aux.items() if value.dtype != jnp.bool_}
-        for name, value in extra.items():
+        extra: dict[str, Array] = {}
+        for name, value in out.aux.items():
             if name.split("/", 1)[1].startswith("loss/"):
-                loss = loss + value / train.accumulate
+                extra[name] = jnp.sum(value.astype(jnp.float32))  # of a scanned stage: the sum over its repeats
+                loss = loss + extra[name] / train.accumulate
+            elif value.dtype != jnp.bool_:
+                extra[name] = jnp.mean(value.astype(jnp.float32))
         text = jnp.sum(jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked)
         return loss, {"nll": nll, "correct": jnp.sum(s.correct), "bytes": text} | {
             f"aux/{name}": value / train.accumulate for name, value in extra.items()
         }
 
     def gradients(params: Params, batch: DeviceBatch) -> tuple[tuple[Array, dict[str, Array]], Params]:
-        asked = jnp.maximum(jnp.sum(batch.labels_BT >= 0), 1).astype(jnp.float32)
+        asked = _asked(batch)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
         if train.accumulate == 1:
             return value_and_grad(params, batch, asked)
-        parts = jax.tree.map(lambda x: x.reshape(train.accumulate, -1, *x.shape[1:]), batch)
+        # Every n-th row makes a part: where rows are split over devices, each has its share of every part.
+        parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(params, part, asked)), None
@@ -96,11 +100,10 @@ def train_step(
             "skipped": old["skipped"] + bad,
             "bad": (old["bad"] + 1) * bad,
         }
-        asked = jnp.maximum(jnp.sum(batch.labels_BT >= 0), 1).astype(jnp.float32)
         metrics = {
             "loss": loss,
             "bits_per_byte": said["nll"] / LOG2 / jnp.maximum(said["bytes"], 1),
-            "accuracy": said["correct"] / asked,
+            "accuracy": said["correct"] / _asked(batch),
             "grad_norm": norm,
             "skipped": new["counters"]["skipped"],
             "bad": new["counters"]["bad"],
@@ -108,6 +111,11 @@ def train_step(
         return new, metrics | {name: value for name, value in said.items() if name.startswith("aux/")}
 
     return step
+
+
+def _asked(batch: DeviceBatch) -> Array:
+    """How many labels a batch has; 1 where it has none, so that means stay finite."""
+    return jnp.maximum(jnp.sum(batch.labels_BT != ASK_NOTHING), 1).astype(jnp.float32)
 
 
 def eval_step(
