@@ -11,9 +11,9 @@ def head_size(config: Any, field: str, D: int, share: Fraction | int = 1) -> int
         return value
     size = Fraction(share) * D / config.H
     if size.denominator > 1:
-        near = [n for n in range(1, D + 1) if (Fraction(share) * D / n).denominator == 1]
+        fit = ", ".join(str(n) for n in range(1, D + 1) if (Fraction(share) * D / n).denominator == 1)
         raise ValueError(
             f"{type(config).__name__}.H is {config.H}: {share} · D / H with D = {D} is not whole, "
-            f"so give {field}, or choose H from {near}"
+            f"so give {field}, or use one of {fit} for H"
         )
     return size.numerator
