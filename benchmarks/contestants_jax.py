@@ -1,7 +1,6 @@
 """Contestants in JAX: `ours`, and two peers that XLA compiles for the CPU.
 
-    python -m benchmarks.contestants_jax ours
-    python -m benchmarks.contestants_jax reference        the definitions, token by token: what ours must agree with
+    python -m benchmarks.contestants_jax ours             "reference OP" is the definition that ours must agree with
     python -m benchmarks.contestants_jax tokamax          needs tokamax, so Python 3.12, in an environment of its own
     python -m benchmarks.contestants_jax maxtext PATH     PATH: a checkout of MaxText; one function of it is read
 
@@ -10,6 +9,7 @@ The MaxText function runs in our environment, on the same XLA as ours.
 
 import ast
 import functools
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -77,7 +77,8 @@ def reference() -> dict[str, Callable]:
         weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf))
         return jnp.einsum("BHTS,BSHV->BTHV", weights, v)
 
-    return ops | {"attention": softmax, "window": softmax}
+    ops |= {"attention": softmax, "window": softmax}
+    return {f"reference {name}": op for name, op in ops.items()}
 
 
 def tokamax() -> dict[str, Callable]:
@@ -118,6 +119,11 @@ def maxtext(checkout: str) -> dict[str, Callable]:
         return rule(q * q.shape[-1] ** 0.5, k, v, log_decay, beta, compute_dtype=jnp.float32)[0]
 
     return {"gated_delta": gated_delta}
+
+
+def revision(checkout: str) -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True)
+    return found.stdout.strip() or "of unknown revision"
 
 
 def loader(ops: dict[str, Callable], heads_first: bool) -> Callable[..., Loaded]:
@@ -165,6 +171,11 @@ def loader(ops: dict[str, Callable], heads_first: bool) -> Callable[..., Loaded]
 
 if __name__ == "__main__":
     who, *rest = sys.argv[1:]
-    makers: dict[str, Callable] = {"ours": ours, "reference": reference, "tokamax": tokamax, "maxtext": maxtext}
-    packages = ["jax"] + (["tokamax"] if who == "tokamax" else [])
-    serve(loader(makers[who](*rest), who == "tokamax"), lambda: {p: version(p) for p in packages})
+    if who == "ours":
+        serve(loader(ours() | reference(), False), lambda: {"jax": version("jax")})
+    elif who == "maxtext":
+        serve(loader(maxtext(*rest), False), lambda: {"MaxText": revision(*rest)})
+    elif who == "tokamax":
+        serve(loader(tokamax(), True), lambda: {"tokamax": f"{version('tokamax')} on jax {version('jax')}"})
+    else:
+        raise SystemExit(f"no contestant {who}")

@@ -14,7 +14,7 @@ SHAPE = f"{SIZE['depth']} layers, D {SIZE['D']}"
 KV_GOALS = {512: None, 2048: 2.0, 8192: None}  # capacity of the cache, carried in the loop: times as fast, at least
 KV_BURST = 4  # a token may take a tenth of a second
 BURST = 16  # words drawn in one call
-LONG = 4096  # tokens decoded to see whether the end is as fast as the start
+LONG = 2048  # tokens decoded to see whether the end is as fast as the start
 
 
 def contestant(lane: Lane) -> Contestant:

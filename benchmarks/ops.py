@@ -25,16 +25,13 @@ class Lane(NamedTuple):
     options: dict[str, str | int]  # given to our operations, e.g. chunk
     versions: dict[str, str]  # of the peers that ran; filled on the way
 
-    def ours(self, who: str = "ours") -> Contestant:
-        return Contestant("benchmarks.contestants_jax", who, core=self.core)
+    def ours(self) -> Contestant:
+        return Contestant("benchmarks.contestants_jax", "ours", core=self.core)
 
     def rival(self, name: str) -> Contestant:
         peer = self.peers[name]
         contestant = Contestant(peer.module, *peer.arguments, python=peer.python, core=self.core)
-        if name != "maxtext":
-            self.versions.update(contestant.versions)
-        else:
-            self.versions["MaxText"] = "the checkout given"
+        self.versions.update(contestant.versions)
         return contestant
 
 
@@ -51,18 +48,17 @@ def pairs(members: list[cases.Pair], lane: Lane) -> Iterator[Row]:
         for pair in members:
             missing = lane.peers[pair.peer].missing
             row = Row("Operations", pair.title, peer=pair.peer_name, note=missing)
-            judge = "reference" if missing else pair.peer
             try:
-                if judge not in rivals:
-                    rivals[judge] = stack.enter_context(lane.ours(judge) if missing else lane.rival(judge))
-                yield from _pair(pair, row, lane, ours, rivals[judge], known)
+                if not missing and pair.peer not in rivals:
+                    rivals[pair.peer] = stack.enter_context(lane.rival(pair.peer))
+                yield from _pair(pair, row, lane, ours, rivals.get(pair.peer), known)
             except Failed as why:
                 goal = at_least(0, pair.goal) | {"result": ""}
                 yield replace(row, **goal, note=str(why))
 
 
 def _pair(
-    pair: cases.Pair, row: Row, lane: Lane, ours: Contestant, rival: Contestant, known: dict[str, dict[str, float]]
+    pair: cases.Pair, row: Row, lane: Lane, ours: Contestant, rival: Contestant | None, known: dict[str, dict]
 ) -> Iterator[Row]:
     inputs = cases.write_inputs(pair.op, pair.B, pair.T, lane.folder)
     common = {"mode": pair.mode, "inputs": inputs, **extra(pair.op)}
@@ -70,15 +66,15 @@ def _pair(
         known[pair.title] = ours.load(pair.title, op=pair.op, **common, **lane.options)
     facts = known[pair.title]
     row = replace(row, temp_mb=facts["temp_mb"], compile_s=facts["compile_s"])
-    if lane.peers[pair.peer].missing:
-        error = _gate_by_definition(pair.op, pair.mode, inputs, lane, ours, rival)
+    if rival is None:
+        error = _gate_by_definition(pair.op, pair.mode, inputs, lane, ours)[0]
         times = interleave([(ours, pair.title)], lane.rounds)
         yield replace(row, error=error, ours_ms=times.median(0))
         return
     theirs = rival.load(pair.peer_name, op=pair.peer_op or pair.op, **common)
     error = gate(ours.outputs(pair.title, lane.folder), rival.outputs(pair.peer_name, lane.folder))
     entrants = [(ours, pair.title), (rival, pair.peer_name)]
-    times = interleave(entrants, 1 if pair.slow else lane.rounds, warm=not pair.slow)
+    times = interleave(entrants, 1 if pair.slow else lane.rounds, warm=False)  # the gate was a call each
     yield replace(
         row,
         error=error,
@@ -100,11 +96,12 @@ def _pair(
         )
 
 
-def _gate_by_definition(op: str, mode: str, inputs: str, lane: Lane, ours: Contestant, reference: Contestant) -> float:
-    common = {"op": op, "mode": mode, "inputs": inputs, "T": GATE_T, **extra(op)}
-    ours.load("gate", **common, **lane.options)
-    reference.load("gate", **common)
-    return gate(ours.outputs("gate", lane.folder), reference.outputs("gate", lane.folder))
+def _gate_by_definition(op: str, mode: str, inputs: str, lane: Lane, ours: Contestant) -> tuple[float, dict]:
+    """Loads ours under the name "MODE GATE_T"; returns the largest difference and what is known of it."""
+    name, common = f"{mode} {GATE_T}", {"mode": mode, "inputs": inputs, "T": GATE_T, **extra(op)}
+    facts = ours.load(name, op=op, **common, **lane.options)
+    ours.load("reference", op=f"reference {op}", **common)
+    return gate(ours.outputs(name, lane.folder), ours.outputs("reference", lane.folder)), facts
 
 
 def lengths(op: str, lane: Lane) -> Iterator[Row]:
@@ -114,19 +111,19 @@ def lengths(op: str, lane: Lane) -> Iterator[Row]:
     inputs = cases.write_inputs(op, 1, max(cases.LENGTHS), lane.folder)
     with lane.ours() as ours:
         try:
-            with lane.ours("reference") as reference:
-                error = _gate_by_definition(op, "fwd+bwd", inputs, lane, ours, reference)
+            error, gated = _gate_by_definition(op, "fwd+bwd", inputs, lane, ours)
         except Failed as why:
             goal = cases.EXPONENT_GOAL if bounded else None
             yield Row("Length", title, note=str(why), **at_most(math.inf, goal, "") | {"result": ""})
             return
         for mode in ("fwd", "fwd+bwd"):
-            # attention is not linear in T: its longest length would take all the time there is
-            lengths = cases.LENGTHS if bounded else tuple(T // 2 for T in cases.LENGTHS)
-            facts = {
-                T: ours.load(f"{mode} {T}", op=op, mode=mode, inputs=inputs, T=T, **extra(op), **lane.options)
-                for T in lengths
-            }
+            # full attention is not linear in T: its longest length would take all the time there is
+            lengths = cases.LENGTHS if bounded else (GATE_T, *(T // 2 for T in cases.LENGTHS[1:]))
+            facts = {"fwd+bwd": {GATE_T: gated}}.get(mode, {})
+            for T in lengths:
+                if T not in facts:
+                    options = {"op": op, "mode": mode, "inputs": inputs, "T": T, **extra(op), **lane.options}
+                    facts[T] = ours.load(f"{mode} {T}", **options)
             times = interleave([(ours, f"{mode} {T}") for T in lengths], max(lane.rounds, 3), seconds=0.2)
             best = [times.best(i) for i in range(len(lengths))]
             exponent = math.log(best[-1] / best[-2]) / math.log(lengths[-1] / lengths[-2])

@@ -39,7 +39,7 @@ def lane(tmp_path, monkeypatch):
     """A lane whose contestants, ours and theirs, are the module above; `lane("wrong")` gives theirs a fault."""
     (tmp_path / "contestant.py").write_text(CONTESTANT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(ops.Lane, "ours", lambda self, who="ours": pair.Contestant("contestant", core=self.core))
+    monkeypatch.setattr(ops.Lane, "ours", lambda self: pair.Contestant("contestant", core=self.core))
     (tmp_path / "inputs").mkdir()
 
     def build(fault: str = "", missing: str = "") -> ops.Lane:
