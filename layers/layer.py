@@ -1,7 +1,7 @@
 """The contract every layer keeps, and the alphabet it is written in.
 
     B batch · T time · D width · H heads · G key/value head groups · K key · V value · F hidden · W words
-    N chunks · C chunk · M memories · S slots · R low rank · L layers
+    N chunks · C chunk · J taps of a convolution · M memories · S slots · R low rank · L layers
 
 One letter, one meaning: in names (`x_BTD`), in einsums, in fan-in and initialisers, in the axes that each Param
 carries and so in the rules of the mesh (training/layout.py).
@@ -97,7 +97,7 @@ class Einsum(nnx.Module):
         self.equation = equation
         self.w = nnx.Param(w, axes=axes, fan_in=lost, residual=residual)
         brings = "".join(a for a in axes if a in output)
-        self.b = nnx.Param(jnp.zeros([sizes[a] for a in brings]), axes=brings, decay=False) if bias else None
+        self.b = nnx.Param(jnp.zeros([sizes[a] for a in brings], jnp.float32), axes=brings, decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))

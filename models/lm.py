@@ -93,10 +93,10 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     def __init__(self, config: LM, *, rngs: nnx.Rngs):
         self.config, W, D = config, config.W, config.D
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D]) * D**-0.5, axes="WD")
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D], jnp.float32) * D**-0.5, axes="WD")
         self.stages: Any = nnx.List([self._stage(stage, rngs) for stage in config.stages])
         self.norm = RMSNorm(D, eps=config.norm_eps)
-        self.head = None if config.tied else nnx.Param(jnp.zeros([W, D]), axes="WD")
+        self.head = None if config.tied else nnx.Param(jnp.zeros([W, D], jnp.float32), axes="WD")
 
     def _stage(self, stage: Stage, rngs: nnx.Rngs) -> Block:
         config = self.config
