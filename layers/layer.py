@@ -97,7 +97,8 @@ class Einsum(nnx.Module):
         self.equation = equation
         self.w = nnx.Param(w, axes=axes, fan_in=lost, residual=residual)
         brings = "".join(a for a in axes if a in output)
-        self.b = nnx.Param(jnp.zeros([sizes[a] for a in brings], jnp.float32), axes=brings, decay=False) if bias else None
+        zeros = jnp.zeros([sizes[a] for a in brings], jnp.float32)
+        self.b = nnx.Param(zeros, axes=brings, decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
