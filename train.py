@@ -1,9 +1,7 @@
 """Trains a config: python train.py quickstart --train.steps 500. `python train.py --help` lists the configs."""
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
 
 
 def _overview() -> str:
@@ -11,7 +9,7 @@ def _overview() -> str:
 
     lines = [f"  {name:24}{describe(path)}" for name, path in config_files().items()]
     return (
-        "usage: python train.py CONFIG [--run FOLDER] [--resume auto|never|RUN] [--dry-run] [--field value ...]\n\n"
+        "usage: python train.py CONFIG [--run FOLDER] [--resume auto|never|FOLDER] [--dry-run] [--field value ...]\n\n"
         "Trains a language model from a config: a name below, a .py file, or a run folder (its saved config).\n"
         "The same command goes on with a run that was stopped or killed.\n\n"
         "configs:\n" + "\n".join(lines) + "\n\n"
@@ -35,36 +33,26 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         return _fail(error)
 
-    import tyro
-
     from probes.after import look
-    from training.checkpoint import CheckpointError
+    from training.checkpoint import CheckpointError, reason
+    from training.flags import parse
     from training.report import report
     from training.run import train
 
-    kind = type(experiment)
-    name = path.parent.name if path.name == "config.py" else path.stem
-
-    @dataclasses.dataclass
-    class Options:
-        experiment: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
-        run: Path = Path("runs") / name
-        """Folder of the run."""
-        resume: str = "auto"
-        """auto: go on where the folder has a run; never: refuse such a folder; or the folder of a run to go on from."""
-        dry_run: bool = False
-        """Stop after the summary."""
-
+    if Path(arguments[0]).is_dir():  # a run goes on where it is
+        run = Path(arguments[0])
+    else:
+        run = Path("runs") / (path.parent.name if path.name == "config.py" else path.stem)
     try:
-        options: Any = tyro.cli(
-            Options, args=arguments[1:], prog=f"python train.py {arguments[0]}", default=Options(experiment)
-        )
+        options = parse(experiment, arguments[1:], program=f"python train.py {arguments[0]}", run=run)
         outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
         if outcome["status"] == "done":
             report(options.experiment, outcome, options.run)
             look(outcome, options.run)
     except (ValueError, CheckpointError) as error:
         return _fail(error)
+    except OSError as error:
+        return _fail(reason(error))
     if "message" in outcome:
         print(outcome["message"], file=sys.stderr)
     return {"stopped": 128 + outcome.get("signal", 0), "diverged": 1}.get(outcome["status"], 0)
@@ -76,4 +64,8 @@ def _fail(error: object) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # while nothing was being trained: there is nothing to save
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -7,11 +7,14 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+FILE = "_config_"  # begins the module names of files that `load` runs
 
 
 class ConfigError(ValueError):
@@ -25,7 +28,10 @@ def config_files() -> dict[str, Path]:
 
 def describe(path: Path) -> str:
     """The first line of a config's docstring, read without importing it."""
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+    try:
+        return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+    except (SyntaxError, ValueError, OSError) as error:  # one broken file must not hide the others
+        return f"(cannot be read: {error})"
 
 
 def locate(name: str) -> Path:
@@ -39,28 +45,39 @@ def locate(name: str) -> Path:
     if path.suffix == ".py" and path.is_file():
         return path
     near = difflib.get_close_matches(name, files, 1)
-    hint = f"did you mean {near[0]}?" if near else "a config is a name in configs/, a .py file, or a run folder"
-    raise ConfigError(f"no config {name!r}: {hint} There are: {', '.join(files)}")
+    hint = f"did you mean {near[0]}?" if near else "give a .py file, a run folder, or a name in configs/."
+    raise ConfigError(f"there is no config {name!r}: {hint} Known: {', '.join(files)}")
 
 
 def load(path: Path) -> Any:
-    """The `config` that a file defines."""
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    """The `config` that a file defines. Raises ConfigError, with the line at fault, if there is none to be had."""
+    spec = importlib.util.spec_from_file_location(FILE + path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses defined in the file look their module up
     try:
         spec.loader.exec_module(module)
-    except (ValueError, TypeError, ImportError, SyntaxError, AttributeError, NameError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not hasattr(module, "config"):
-        raise ConfigError(f"{path} defines no `config`: end it in `config = Experiment(...)`")
-    return module.config
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # the file is a program: anything can go wrong in it
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == spec.origin]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
+    from training.experiment import Experiment  # imports jax
+
+    config = getattr(module, "config", None)
+    if not isinstance(config, Experiment):
+        found = f"its `config` is of type {type(config).__name__}" if hasattr(module, "config") else "it has no `config`"
+        raise ConfigError(f"{path}: {found}; end the file in `config = Experiment(...)`")
+    return config
 
 
 def render(config: Any) -> str:
-    """A config as a Python file that builds it again, whole: every field, also those left at their defaults."""
+    """A config as a Python file that builds it again, whole: every field, also those left at their defaults.
+
+    Raises ConfigError for a class that such a file could not import.
+    """
     classes: set[type] = set()
 
     def collect(value: Any) -> None:
@@ -75,8 +92,14 @@ def render(config: Any) -> str:
     collect(config)
     modules: dict[str, list[str]] = {}
     for cls in classes:
+        if cls.__module__.startswith(FILE) or cls.__module__ == "__main__" or cls.__qualname__ != cls.__name__:
+            raise ConfigError(
+                f"{cls.__qualname__} is defined in a config file, where a saved config cannot import it from: "
+                "move it to a file of its own, such as layers/mine.py"
+            )
         modules.setdefault(cls.__module__, []).append(cls.__name__)
-    lines = [f'"""{config.description}"""', ""]
+    simple = not set(config.description) & set('"\\') and config.description.isprintable()
+    lines = [f'"""{config.description}"""' if simple else repr(config.description), ""]
     lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(modules.items())]
     return "\n".join([*lines, "", f"config = {_source(config, 0)}", ""])
 
@@ -89,6 +112,8 @@ def _source(value: Any, depth: int) -> str:
     elif isinstance(value, tuple):
         items = [_source(item, depth + 1) for item in value]
         opening, closing = "(", ",)" if len(items) == 1 else ")"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     else:
         return repr(value)
     line = opening + ", ".join(items) + closing
@@ -109,4 +134,4 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
         return found
     if isinstance(old, tuple) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}.{i}")]
-    return [] if old == new else [(path, old, new)]
+    return [] if old == new or (old != old and new != new) else [(path, old, new)]  # a NaN is no change
