@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
 
     from probes.after import look
     from training.checkpoint import CheckpointError, reason
+    from training.data import DataError
     from training.flags import parse
     from training.report import report
     from training.run import train
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
         if outcome["status"] == "done":
             report(options.experiment, outcome, options.run)
             look(outcome, options.run)
-    except (ValueError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError) as error:
         return _fail(error)
     except OSError as error:
         return _fail(reason(error))

@@ -237,6 +237,18 @@ class Checkpoints:
         self._refuse_if_damaged()
         return None
 
+    def shapes(self, step: int | None = None) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """What the newest whole checkpoint (or the given one) holds, as `restore` takes it; {} where there is none."""
+        for candidate in self._candidates(step):
+            with self._passing_over(candidate, step):
+                groups = self._record(candidate, self._sums(candidate))["arrays"]
+                return {
+                    group: {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in named.items()}
+                    for group, named in groups.items()
+                }
+        self._refuse_if_damaged()
+        return {}
+
     def _candidates(self, step: int | None) -> list[int]:
         if self._writer is not None:
             self._writer.join()  # a save under way may be the newest

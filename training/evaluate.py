@@ -23,7 +23,9 @@ def evaluate(step: Callable[[Params, Any], dict[str, Any]], params: Params, batc
     asked = total["asked"].sum()
     loss = float(total["nll"].sum() / asked)
     by_position = np.divide(total["nll"], total["asked"], out=np.zeros_like(total["nll"]), where=total["asked"] > 0)
-    result = {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float(total["correct"].sum() / asked)}
+    with np.errstate(over="ignore"):  # a model that has just blown up
+        perplexity = float(np.exp(loss))
+    result = {"loss": loss, "perplexity": perplexity, "accuracy": float(total["correct"].sum() / asked)}
     if total["bytes"].sum() > 0:
         result["bits_per_byte"] = float(total["nll"].sum() / LOG2 / total["bytes"].sum())
     return result | {"nll_by_position": [float(x) for x in by_position]}

@@ -34,9 +34,11 @@ def report(experiment: Experiment, outcome: Outcome, run: Path, console: Console
         path = run / "samples.txt"
         text = sample(outcome, experiment.sample)
         path.write_text(f"step {outcome['step']}, temperature 0.7\n{'-' * 40}\n{text}\n")
-        console.print("\n" + text[:400] + "\n", markup=False, highlight=False)
+        # A model of bytes may write what moves a terminal's cursor.
+        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:400])
+        console.print(f"\n{shown}\n", markup=False, highlight=False)
         written.append(path)
-    console.print("written: " + ", ".join(str(path) for path in written), highlight=False, soft_wrap=True)
+    console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False, soft_wrap=True)
 
 
 def sample(outcome: Outcome, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:

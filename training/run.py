@@ -6,12 +6,15 @@ as if it had never stopped.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import platform
 import shlex
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,29 @@ import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 
 from models.lm import LanguageModel
 from models.parameters import Params, Structure, flatten
 from training import settings
 from training.checkpoint import CheckpointError, Checkpoints
-from training.data import Dataset
+from training.data import NOT_ASKED, DataError, Dataset
 from training.evaluate import evaluate
 from training.experiment import Experiment
 from training.heap import keep_heap
 from training.layout import Layout, build_layout
 from training.lock import RunLock
-from training.log import Log, Progress
+from training.log import METRICS, Log, Progress
 from training.optimizer import build_optimizer, learning_rate
 from training.step import eval_step, init_state, train_step
 from training.stop import Stop
 from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes
 
-MAY_CHANGE = ("description", "parameters", "sample", "mesh.", "train.")  # of the saved config, when a run is resumed
-MAY_NOT = ("train.seed", "train.ema", "train.accumulate")
+# Fields of the saved config that may be others when a run is resumed: none that says what is learnt, or from what.
+MAY_CHANGE = (
+    "description", "parameters", "sample", "data.store", "mesh.", "model.remat", "model.scan_layers", "train.",
+)  # fmt: skip
+MAY_NOT = ("train.seed", "train.ema", "train.accumulate", "train.clip", "train.z_loss")
 SHOWN = ("loss", "bits_per_byte", "accuracy", "grad_norm", "tokens_per_second")  # on the terminal, of what is logged
 
 
@@ -61,9 +68,25 @@ class Job:
         return "params" if self.experiment.train.ema is None else "ema"
 
 
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """A ValueError of ours, which is one line, becomes a ConfigError. Those of JAX are longer, and stay what they are:
+    a program's error, not a user's."""
+    try:
+        yield
+    except ValueError as error:
+        if "\n" in str(error):
+            raise
+        raise settings.ConfigError(str(error)) from error
+
+
+@_one_line()
 def prepare(experiment: Experiment) -> Job:
-    """Raises ValueError, in a line that names the field, for what cannot be trained."""
+    """Raises ConfigError, in a line that names the field, for what cannot be trained."""
     dataset = experiment.data.build()
+    held_out = next(dataset.held_out(1), None)
+    if held_out is None or (held_out.labels_BT == NOT_ASKED).all():
+        raise DataError("the held-out data asks nothing, so there is nothing to evaluate on: raise data.held_out")
     if experiment.model.W < dataset.words:
         raise ValueError(
             f"model.W is {experiment.model.W}, but the data has {dataset.words} words: use --model.W {dataset.words}"
@@ -138,6 +161,7 @@ def load_model(run: Path | str, step: int | None = None) -> tuple[LanguageModel,
     return structure.module(found[1][group]), experiment, experiment.data.build()
 
 
+@_one_line()
 def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
     """Prints the summary of a run; returns the figures that metrics need."""
     experiment, dataset = job.experiment, job.dataset
@@ -152,7 +176,7 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
         + ", ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
         + f", {experiment.mesh.layout}",
-        "run": str(run),
+        "run": escape(str(run)),
     }
     show(console, experiment, job.model, job.structure, job.layout, facts)
     return {"flops": flops, "peak": peak_flops() or 0.0}
@@ -165,26 +189,34 @@ class Outcome(dict):
 def train(
     experiment: Experiment, run: Path, *, resume: str = "auto", dry_run: bool = False, console: Console | None = None
 ) -> Outcome:
-    """Trains, or goes on training, in a folder. `resume`: "auto", "never", or a run's folder to go on from."""
+    """Trains, or goes on training, in a folder.
+
+    resume: "auto" goes on where the folder has a run; "never" refuses such a folder; another run's folder is where a
+        folder without a run begins (what it has of its own goes on as with "auto", so that the same command resumes).
+    dry_run: stop after the summary; nothing is written, except that text becomes a token store in the cache.
+
+    Raises ConfigError, DataError or CheckpointError, each in one line.
+    """
     console = console or Console()
-    _check_folder(run, resume)
     if dry_run:
+        _source(run, resume, experiment, console)
         describe(prepare(experiment), console, run)
         return Outcome(status="dry run", step=0)
     with RunLock(run):
-        source = run if resume in ("auto", "never") else Path(resume)
-        if resume != "never" and (source / "config.py").is_file():
-            _compare_configs(settings.load(source / "config.py"), experiment, source, console)
+        source = _source(run, resume, experiment, console)
         job = prepare(experiment)
         facts = describe(job, console, run)
-        _write_atomically(run / "config.py", settings.render(experiment))
+        config = settings.render(experiment)
         asked = experiment.train
         with (
             Stop() as stop,
             Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
             Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) as log,
         ):
-            state, start = _start(job, checkpoints, source if resume != "never" else None, run, console)
+            state, start = _start(job, checkpoints, source, run, console)
+            _write_atomically(run / "config.py", config)
+            if source not in (None, run) and (source / METRICS).is_file():
+                shutil.copyfile(source / METRICS, run / METRICS)
             log.rewind(start)
             return _loop(job, state, start, stop, checkpoints, log, facts, run, console)
 
@@ -223,7 +255,7 @@ def _loop(
                 ahead = reader.submit(source.__getitem__, step)
             state, metrics = job.step(state, batch)
             last = step == train.steps
-            if due(train.log_every, step) or last:
+            if logged := due(train.log_every, step) or last:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 seconds = time.perf_counter() - clock
                 values["learning_rate"] = float(rate(step - 1))
@@ -231,16 +263,20 @@ def _loop(
                 values["tokens_per_second"] = (step - counted) * tokens / seconds
                 if facts["peak"]:
                     values["mfu"] = values["tokens_per_second"] * facts["flops"] / facts["peak"]
-                bad = int(values.pop("bad"))
+                del values["bad"]
                 log.write(step, values)
                 progress.update(step, **{name: values[name] for name in SHOWN if name in values})
-                if bad >= train.bad_steps:
-                    message = (
-                        f"{bad} steps in a row had a non-finite loss or gradient: stopped at step {step}; the last "
-                        f"good checkpoint is of step {(checkpoints.steps() or [0])[-1]}. Lower optimizer.lr"
-                    )
-                    return Outcome(status="diverged", step=step, message=message)
                 clock, counted = time.perf_counter(), step
+            # Also between lines of the log, or a streak could come and go unseen.
+            if (logged or due(train.bad_steps, step)) and (bad := int(metrics["bad"])) >= train.bad_steps:
+                checkpoints.wait()
+                kept = checkpoints.steps()
+                good = f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
+                message = (
+                    f"{bad} steps in a row had a non-finite loss or gradient: stopped at step {step}; {good}. "
+                    "Try a lower optimizer.lr, in another --run"
+                )
+                return Outcome(status="diverged", step=step, message=message)
             metric = None
             if due(train.eval_every, step) or last:
                 evaluation = judge(step, progress)
@@ -254,7 +290,8 @@ def _loop(
                 message = f"{asked}: saved step {step}. Continue with: {_command(run)}"
                 return Outcome(status="stopped", step=step, signal=int(signal.Signals[asked]), message=message)
         checkpoints.wait()
-    if start >= train.steps:  # nothing was left to do
+    if start == train.steps:
+        console.print(f"{run} is done: nothing is left to train", markup=False, highlight=False, soft_wrap=True)
         evaluation = evaluate(job.evaluate, state[job.shown], job.dataset.held_out(train.eval_batches))
     params: Params = state[job.shown]
     return Outcome(
@@ -281,15 +318,32 @@ def _start(job: Job, checkpoints: Checkpoints, source: Path | None, run: Path, c
             f"the data has changed since step {step} was saved (digest {meta['digest'][:12]}, now "
             f"{job.dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
         )
-    console.print(f"resuming {source} from step {step}", highlight=False)
+    if step > job.experiment.train.steps:
+        raise settings.ConfigError(
+            f"train.steps is {job.experiment.train.steps}, but {source} is at step {step} already: give at least that"
+        )
+    console.print(f"resuming {source} from step {step}", markup=False, highlight=False, soft_wrap=True)
     return unflatten_state(job.state, groups), step
 
 
-def _check_folder(run: Path, resume: str) -> None:
-    if resume == "never" and (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()):
+def _source(run: Path, resume: str, experiment: Experiment, console: Console) -> Path | None:
+    """The run to go on from: this one, another, or None for none; its config is such that it can."""
+    if resume == "never" and _has_checkpoints(run):
         raise CheckpointError(f"{run} already holds a run: use --resume auto to go on with it, or another --run")
-    if resume not in ("auto", "never") and not (Path(resume) / "checkpoints").is_dir():
+    if resume == "never":
+        return None
+    source = run if resume == "auto" or _has_checkpoints(run) else Path(resume)
+    if _has_checkpoints(source):
+        if (source / "config.py").is_file():
+            _compare_configs(settings.load(source / "config.py"), experiment, source, console)
+    elif resume != "auto":
         raise CheckpointError(f"--resume {resume}: give auto, never, or the folder of a run with checkpoints")
+    return source
+
+
+def _has_checkpoints(run: Path) -> bool:
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def _compare_configs(saved: Experiment, experiment: Experiment, source: Path, console: Console) -> None:
@@ -298,8 +352,11 @@ def _compare_configs(saved: Experiment, experiment: Experiment, source: Path, co
             raise settings.ConfigError(
                 f"{source} was made with {field} = {old!r}, not {new!r}: leave it, or choose another --run"
             )
-        if field == "train.steps":
-            console.print(f"{field} changes from {old} to {new}: so does the learning-rate schedule", highlight=False)
+        note = {"train.steps": "so does the learning-rate schedule"}.get(field)
+        if field.startswith("mesh."):
+            note = "the last digits may, too"
+        if note:
+            console.print(f"{field} changes from {old} to {new}: {note}", markup=False, highlight=False)
 
 
 def _meta(job: Job, step: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def load(path: Path) -> Any:
 
     config = getattr(module, "config", None)
     if not isinstance(config, Experiment):
-        found = f"its `config` is of type {type(config).__name__}" if hasattr(module, "config") else "it has no `config`"
+        found = "it has no `config`" if config is None else f"its `config` is of type {type(config).__name__}"
         raise ConfigError(f"{path}: {found}; end the file in `config = Experiment(...)`")
     return config
 
@@ -134,4 +134,4 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
         return found
     if isinstance(old, tuple) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}.{i}")]
-    return [] if old == new or (old != old and new != new) else [(path, old, new)]  # a NaN is no change
+    return [] if old == new else [(path, old, new)]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from layers.layer import Tokens
@@ -60,7 +61,7 @@ def show(
 ) -> None:
     """model: of ShapeDtypeStructs. facts: what else to say, by name."""
     config, specs = experiment.model, structure.specs
-    table = Table("layer", "repeats", "parameters", "state, bytes a sequence", title=experiment.description)
+    table = Table("layer", "repeats", "parameters", "state, bytes a sequence", title=escape(experiment.description))
     table.add_row("embedding", "", f"{config.W * config.D:,}", "")
     states = jax.eval_shape(lambda model: model.init_state(1, experiment.data.T), model)
     for s, stage in enumerate(config.stages):
