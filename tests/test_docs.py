@@ -1,0 +1,55 @@
+"""The tutorial's code runs as it stands: its layer keeps every law, its config builds."""
+
+import importlib.util
+import pathlib
+import re
+import sys
+
+import jax
+import laws
+import pytest
+from flax import nnx
+
+from training import settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add_a_memory.md").read_text(), re.DOTALL)
+
+pytestmark = pytest.mark.xdist_group("docs")
+
+
+@pytest.fixture(scope="module")
+def fading(tmp_path_factory):
+    """The tutorial's first block, imported as the file that it asks for."""
+    path = tmp_path_factory.mktemp("docs") / "fading.py"
+    path.write_text(BLOCKS[0])
+    spec = importlib.util.spec_from_file_location("layers.fading", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("judge", laws.LAWS.values(), ids=laws.LAWS.keys())
+def test_the_layer_keeps_the_laws(fading, judge):
+    judge(fading.Fading.examples()[0])
+
+
+def test_the_config_builds(fading, tmp_path):
+    path = tmp_path / "my_fading.py"
+    path.write_text(BLOCKS[1])
+    experiment = settings.load(path)
+    assert settings.describe(path) == experiment.description
+    jax.eval_shape(lambda key: experiment.model.build(rngs=nnx.Rngs(params=key)), jax.random.key(0))
+
+
+def test_the_readme_names_what_exists():
+    """Configs, files and targets that the README's commands mention."""
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"python train\.py (\w+)", text):
+        assert name in settings.config_files() or name == "runs", name
+    for path in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (ROOT / path).is_file(), path
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)`?", text)) <= targets
