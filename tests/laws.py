@@ -393,24 +393,41 @@ def a_mesh_changes_nothing(config: LayerConfig) -> None:
     program = apply.lower(*arguments).compile()
     y_BTD, _ = program(*arguments)
     same(y_BTD, pull(layer, x_BTD, said, x_BTD)[0], "y on a mesh")
+    columns = [{0, 1}, {2, 3}]  # the devices that differ in their place on `model` only
     for kind, shape, groups in collectives(program.as_text()):
+        partial_sum = kind == "all-reduce" and groups and all(any(g <= c for c in columns) for g in groups)
         # Partial sums over `model` are what the layout asks for. T is odd and no other size: 2.5 chunks and a token.
-        assert kind == "all-reduce" and groups in OVER_MODEL or not any(n % T == 0 for n in shape), (
-            f"{kind} of a sequence, {shape}, over {groups}"
-        )
+        assert partial_sum or not any(n % T == 0 for n in shape), f"{kind} of a sequence, {shape}, over {groups}"
 
 
-OVER_MODEL = ("{{0,1},{2,3}}", "[2,2]<=[4]")
-
-
-def collectives(program: str) -> Iterator[tuple[str, list[int], str]]:
-    """Kind, shape and devices of every collective in a compiled program."""
+def collectives(program: str) -> Iterator[tuple[str, list[int], list[set[int]]]]:
+    """Kind, shape and groups of devices (empty where it has none) of every collective in a compiled program."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     for line in program.splitlines():
         if found := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
-            groups = re.search(r"replica_groups=(\{\{.*?\}\}|\[[^ ]*\]<=\[[^ ]*?\](?:T\([\d,]*\))?)", line)
             for shape in re.findall(r"\w+\[([\d,]+)\]", found[1]):
-                yield found[2], [int(n) for n in shape.split(",")], groups[1] if groups else "pairs"
+                yield found[2], [int(n) for n in shape.split(",")], groups_of(line)
+
+
+def groups_of(line: str) -> list[set[int]]:
+    """The replica groups of an HLO instruction, which XLA writes in three ways."""
+    if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):  # {{0,1},{2,3}}
+        return [{int(n) for n in group.split(",")} for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):  # [2,2]<=[2,2]T(1,0)
+        shape, sizes = ([int(n) for n in part.split(",")] for part in found.group(1, 2))
+        order = [int(n) for n in found[3].split(",")] if found[3] else range(len(sizes))
+        devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
+        return [set(group) for group in devices.tolist()]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=2,'b'=2] {'a'}
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        inside = [i for i, name in enumerate(sizes) if f"'{name}'" in found[2]]
+        devices = np.moveaxis(
+            np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values()), inside, range(-len(inside), 0)
+        )
+        return [
+            set(group) for group in devices.reshape(-1, np.prod([list(sizes.values())[i] for i in inside])).tolist()
+        ]
+    return []
 
 
 def rms(a: Any) -> float:
@@ -419,7 +436,11 @@ def rms(a: Any) -> float:
 
 @law
 def bfloat16_stays_close(config: LayerConfig) -> None:
-    """A bfloat16 stream through the initial layer errs by at most 2% (RMSE over RMS) of double precision."""
+    """A bfloat16 stream through the initial layer errs by at most 2% (RMSE over RMS) of double precision.
+
+    A single rounding errs by 0.17%. Layers whose gates are wide measure 0.2% to 1.0%; the most is 1.7%, of a GLA at
+    temperature 1, whose gates come from logits of two bfloat16 products. A sum of decays in bfloat16 goes well beyond.
+    """
     T = length(config)
     x_BTD, said, (_, y_BTD, *_) = long_run(config, 1)
     rows = [INPUTS.index("usual"), INPUTS.index("positive")]  # causal: the first T of 4096 tokens stand alone
