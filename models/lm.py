@@ -199,9 +199,7 @@ def unstack(stacked: Any, repeats: int) -> list[Any]:
     """A pytree with a leading axis -> a list of pytrees. One split a leaf: its gradient is one concatenation."""
     leaves, treedef = jax.tree.flatten(stacked)
     split = [jax.lax.split(leaf, [1] * repeats, axis=0) for leaf in leaves]
-    return [
-        jax.tree.unflatten(treedef, [jax.lax.squeeze(parts[i], [0]) for parts in split]) for i in range(repeats)
-    ]
+    return [jax.tree.unflatten(treedef, [jax.lax.squeeze(parts[i], [0]) for parts in split]) for i in range(repeats)]
 
 
 def _apart(blocks: Any, stage: Stage) -> list[Block]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,52 @@ import pytest
 from conftest import x64
 from flax import nnx
 
-from layers.attention import Attention
-from layers.layer import Tokens
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
 from layers.mlp import MLP
 from models.lm import LM, Stage
 from models.loss import score
-from models.parameters import flatten
+from models.parameters import Spec, flatten
 
 B, T, W, D = 2, 7, 40, 16
-ONCE, REPEATED = Stage((MLP(F=24),)), Stage((Attention(H=2, window=4), MLP(F=24)), repeats=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(LayerConfig):
+    """The mean of what was read so far, through two maps: a memory that compiles fast."""
+
+    def build(self, D: int, *, rngs: nnx.Rngs) -> "MeanLayer":
+        return MeanLayer(D, rngs=rngs)
+
+
+class MeanState(NamedTuple):
+    sum_BHV: jax.Array
+    count_B: jax.Array
+
+
+class MeanLayer(Layer):
+    def __init__(self, D: int, *, rngs: nnx.Rngs):
+        self.value = Einsum("BTD,DHV->BTHV", D=D, H=2, V=D // 2, rngs=rngs)
+        self.out = Einsum("BTHV,HVD->BTD", D=D, H=2, V=D // 2, residual=True, rngs=rngs)
+
+    def init_state(self, B: int, T: int) -> MeanState:
+        return MeanState(jnp.zeros((B, 2, D // 2), jnp.float32), jnp.zeros(B, jnp.int32))
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, state: Any = None) -> Out:
+        B, T, _ = x_BTD.shape
+        v_BTHV = self.value(x_BTD)
+        start = self.init_state(B, T) if state is None else state
+        sum_BTHV = jnp.cumsum(v_BTHV, 1) + start.sum_BHV[:, None].astype(v_BTHV.dtype)
+        count_BT = start.count_B[:, None] + jnp.arange(1, T + 1, dtype=jnp.int32)[None]
+        y_BTD = self.out(sum_BTHV / count_BT[..., None, None].astype(v_BTHV.dtype))
+        new = MeanState(sum_BTHV[:, -1].astype(jnp.float32), count_BT[:, -1].astype(jnp.int32))
+        return Out(y_BTD, None if state is None else new, {"size": jnp.mean(y_BTD**2)})
+
+
+ONCE, REPEATED = Stage((MLP(F=24),)), Stage((Mean(), MLP(F=24)), repeats=2)
 CONFIG = LM(W=W, D=D, stages=(ONCE, REPEATED), scan_layers="never")
 TOKENS = Tokens(
     np.random.default_rng(0).integers(0, W, (B, T), np.int32),
-    np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]], np.int32),
+    np.tile(np.arange(T, dtype=np.int32), (B, 1)),
 )
 
 
@@ -62,7 +96,7 @@ def passed(unstacked=False, **changes):
 
         grads, (logits, model) = jax.grad(objective, has_aux=True)(params)
         out = model(tokens, model.init_state(B, T))
-        return logits, grads, out.y_BTD, out.state
+        return logits, grads, out.y_BTD, out.state, {name: jnp.sum(value) for name, value in out.aux.items()}
 
     with x64():
         return jax.tree.map(np.asarray, jax.jit(run)(params64(), TOKENS))
@@ -78,17 +112,25 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_model_however_it_is_run(name):
-    expected, found = passed(), passed(**VARIANTS[name])
+    *expected, plain = passed()
+    *found, said = passed(**VARIANTS[name])
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
-        # The state's keys and values are float32, the rest is double.
+        # The state is float32, the rest is double.
         tolerance = 1e-6 if b.dtype == np.float32 or path[0].idx == 2 else 1e-11
         np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
     assert all(np.abs(g).max() > 0 for g in expected[1].values())
+    assert plain.keys() == {"1.0.0/size", "1.1.0/size"}
+    scanned = {"1.*.0/size": plain["1.0.0/size"] + plain["1.1.0/size"]}
+    expected = scanned if "scan" in name else plain
+    assert said.keys() == expected.keys()
+    for aux, value in expected.items():
+        assert float(said[aux]) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_with_a_state_or_without():
-    logits, _, logits_with_state, _ = passed()
+    logits, _, logits_with_state, state, _ = passed()
+    assert all((layer.count_B == T).all() for repeat in state[1] for layer in repeat if layer)
     np.testing.assert_allclose(logits_with_state, logits, rtol=1e-5, atol=1e-5)
 
 
@@ -189,14 +231,14 @@ def test_scanned_or_not_starts_the_same():
         return str(jax.make_jaxpr(lambda: flatten(config.build(rngs=nnx.Rngs(0)))[0])())
 
     assert program() == program(scan_layers="always", remat="block") != program(residual_scale=1.0)
-    a, b = initial()["stages.1.layers.0.query.w"]
+    a, b = initial()["stages.1.layers.0.value.w"]
     assert not np.isclose(a, b).any()
 
 
 def test_initial_scales():
     params = initial()
     assert np.std(params["embed"]) * 4 == pytest.approx(1, rel=0.1)  # times sqrt(D): the stream starts at 1
-    assert np.std(params["stages.1.layers.0.query.w"]) * 4 == pytest.approx(1, rel=0.1)
+    assert np.std(params["stages.1.layers.0.value.w"]) * 4 == pytest.approx(1, rel=0.1)
     # Five layers write to the stream.
     assert np.std(params["stages.1.layers.0.out.w"]) * 4 == pytest.approx(5**-0.5, rel=0.1)
     assert np.std(params["stages.1.layers.1.down.w"]) * 24**0.5 == pytest.approx(5**-0.5, rel=0.1)
@@ -233,9 +275,8 @@ def test_an_untrained_model_knows_nothing():
 def test_names_and_specs():
     module = jax.jit(lambda: CONFIG.build(rngs=nnx.Rngs(0)))()
     params, structure = flatten(module)
-    query = structure.specs["stages.1.layers.0.query.w"]
-    assert (query.shape, query.axes, query.decay, query.residual, query.fan_in) == ((2, D, 2, 8), "LDHK", True, False, "D")
-    assert structure.specs["stages.1.layers.0.value.w"].axes == "LDGV"  # a layer may call a part `value`
+    value = structure.specs["stages.1.layers.0.value.w"]  # a layer may call a part `value`
+    assert value == Spec((2, D, 2, 8), "LDHV", decay=True, residual=False, fan_in="D")
     assert structure.specs["stages.0.layers.0.down.w"].residual
     norm = structure.specs["stages.1.norms.1.w"]
     assert (norm.shape, norm.axes, norm.decay, norm.fan_in) == ((2, D), "LD", False, "")
@@ -253,7 +294,7 @@ def test_laid_apart_once_or_twice_is_the_same():
     again = jax.eval_shape(lambda model: model.unstacked(), model)
     assert jax.tree.structure(again) == jax.tree.structure(model)
     specs = flatten(model)[1].specs
-    assert specs["stages.1.1.layers.0.value.w"].axes == "DGV" and specs["stages.0.0.norms.0.w"].shape == (D,)
+    assert specs["stages.1.1.layers.0.value.w"].axes == "DHV" and specs["stages.0.0.norms.0.w"].shape == (D,)
     stacked = jax.eval_shape(lambda: CONFIG.build(rngs=nnx.Rngs(0)))
     states = [jax.eval_shape(lambda model: model.init_state(3, 9), m) for m in (model, stacked)]
     assert states[0] == states[1] and [len(stage) for stage in states[0]] == [1, 2]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -61,7 +62,14 @@ def build_optimizer(
             },
             {name: "muon" if name in matrices else "adam" for name in specs},
         )
-    return optimizer if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    if clip is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counts with floats
+            return optimizer.update(grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _dimensions(spec: Spec) -> MuonDimensionNumbers | None:

@@ -86,7 +86,7 @@ def train_step(
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, Array]]:
         params = state["params"]
         (loss, said), grads = gradients(params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = optimizer.update(grads, state["opt"], params)
         new = {"params": optax.apply_updates(params, updates), "opt": opt}

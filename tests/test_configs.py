@@ -1,0 +1,93 @@
+"""Every config in configs/ loads, says what it is, and builds the model that it states."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+from flax import nnx
+
+from models.parameters import flatten
+from training import settings
+from training.data import Text
+from training.experiment import Experiment, Schedule
+from training.summary import parameter_count
+from training.tokenizer import open_tokenizer
+
+FILES = settings.config_files()
+
+
+@functools.cache
+def config_of(name):
+    return settings.load(FILES[name])
+
+
+def test_there_are_configs():
+    assert {"quickstart"} <= FILES.keys()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_says_what_it_is(name):
+    config = config_of(name)
+    assert isinstance(config, Experiment)
+    assert settings.describe(FILES[name]) == config.description and config.description
+    assert settings.locate(name) == FILES[name]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_states_its_parameters(name):
+    config = config_of(name)
+    _, structure = flatten(jax.eval_shape(lambda: config.model.build(rngs=nnx.Rngs(0))))
+    assert config.parameters == parameter_count(structure.specs)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_has_room_for_its_words(name):
+    config = config_of(name)
+    data = config.data
+    words = open_tokenizer(data.tokenizer).words if isinstance(data, Text) else data.build().words
+    assert config.model.W >= words
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_is_written_and_read_again(name, tmp_path):
+    config, path = config_of(name), tmp_path / "config.py"
+    path.write_text(settings.render(config))
+    again = settings.load(path)
+    assert again == config and type(again) is type(config)
+    assert settings.describe(path) == config.description
+    assert settings.differences(config, again) == []
+    assert settings.locate(str(tmp_path)) == path
+
+
+def test_differences_are_named_by_field():
+    config = config_of("quickstart")
+    layer = config.model.stages[0].pattern[0]
+    changed = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model,
+            stages=(
+                dataclasses.replace(
+                    config.model.stages[0],
+                    pattern=(dataclasses.replace(layer, H=layer.H + 1), *config.model.stages[0].pattern[1:]),
+                ),
+            ),
+        ),
+        train=dataclasses.replace(config.train, steps=config.train.steps + 1),
+        optimizer=dataclasses.replace(config.optimizer, schedule=Schedule(warmup=7)),
+    )
+    found = {field: (old, new) for field, old, new in settings.differences(config, changed)}
+    assert found["model.stages.0.pattern.0.H"] == (layer.H, layer.H + 1)
+    assert found["train.steps"] == (config.train.steps, config.train.steps + 1)
+    assert found["optimizer.schedule.warmup"] == (config.optimizer.schedule.warmup, 7)
+    assert all(
+        field.startswith(("model.stages.0.pattern.0.H", "train.steps", "optimizer.schedule.")) for field in found
+    )
+    shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, stages=config.model.stages * 2))
+    assert [field for field, _, _ in settings.differences(config, shorter)] == ["model.stages"]
+
+
+def test_a_config_that_is_not_there():
+    with pytest.raises(settings.ConfigError, match="no config 'quickstar': did you mean quickstart?"):
+        settings.locate("quickstar")

@@ -1,0 +1,208 @@
+"""Layouts: the same run on every mesh, each parameter where the rules put it."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
+from layers.mlp import MLP
+from models.lm import LM, Stage
+from models.parameters import Spec
+from training.data import Batch, DataConfig, Dataset
+from training.experiment import AdamW, Experiment, Mesh, Muon, Schedule, Train
+from training.layout import build_layout
+from training.run import prepare
+
+W, D, B, T = 32, 16, 16, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise(DataConfig):
+    T: int = T
+    B: int = B
+
+    def build(self) -> Dataset:
+        return NoiseDataset()
+
+
+class NoiseDataset(Dataset):
+    words, digest, token_bytes = W, "noise", np.ones(W, np.int32)
+
+    def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
+        ids, labels = np.random.default_rng((seed, step)).integers(0, W, (2, B, T), np.int32)
+        return Batch(ids, np.tile(np.arange(T, dtype=np.int32), (B, 1)), labels)
+
+    def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
+        yield self.batch(1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(LayerConfig):
+    """H heads that multiply what G groups say: letters as in attention, and a program that compiles fast."""
+
+    def build(self, D: int, *, rngs: nnx.Rngs) -> "HeadsLayer":
+        return HeadsLayer(D, rngs=rngs)
+
+
+class HeadsLayer(Layer):
+    def __init__(self, D: int, *, rngs: nnx.Rngs):
+        self.query = Einsum("BTD,DHK->BTHK", D=D, H=4, K=4, rngs=rngs)
+        self.key = Einsum("BTD,DGK->BTGK", D=D, G=2, K=4, rngs=rngs)
+        self.out = Einsum("BTHK,HKD->BTD", D=D, H=4, K=4, residual=True, rngs=rngs)
+
+    def init_state(self, B: int, T: int) -> tuple[()]:
+        return ()
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, state: Any = None) -> Out:
+        key_BTHK = jnp.repeat(jnp.cumsum(self.key(x_BTD), 1), 2, axis=2)
+        return Out(self.out(self.query(x_BTD) * key_BTHK), state)
+
+
+MODEL = LM(W=W, D=D, stages=(Stage((Heads(), MLP(F=24)), repeats=2),), scan_layers="always")
+# An eps that small differences of the gradient do not pass.
+ADAM = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
+MESHES = {
+    "one device": Mesh(data=1),
+    "replicated": Mesh(data=8),
+    "fsdp": Mesh(data=8, layout="fsdp"),
+    "tensor": Mesh(data=4, model=2, layout="tensor"),
+    "fsdp+tensor": Mesh(data=-1, model=2, layout="fsdp+tensor"),
+}
+
+
+def experiment(mesh, **changes):
+    return Experiment("A test.", **{"model": MODEL, "data": Noise(), "optimizer": ADAM, "mesh": mesh} | changes)
+
+
+@functools.cache
+def trained(name):
+    """(job, first parameters, losses and gradient norms of three steps, state after them)"""
+    job = prepare(experiment(MESHES[name]))
+    state = job.init()
+    first = jax.tree.map(np.asarray, state["params"])
+    said = []
+    for step in range(3):
+        state, metrics = job.step(state, job.dataset.batch(0, step))
+        said.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return job, first, np.array(said), state
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one device"])
+def test_a_run_is_the_same_on_every_mesh(name):
+    _, first, said, state = trained("one device")
+    _, other_first, other_said, other_state = trained(name)
+    for parameter, value in first.items():
+        np.testing.assert_array_equal(other_first[parameter], value, err_msg=parameter)
+    np.testing.assert_allclose(other_said, said, rtol=1e-5)
+    for parameter, value in state["params"].items():
+        value, other = np.asarray(value), np.asarray(other_state["params"][parameter])
+        assert np.abs(value - first[parameter]).max() > 1e-4
+        np.testing.assert_allclose(other, value, rtol=1e-5, atol=1e-5 * np.abs(value).max(), err_msg=parameter)
+
+
+QUERY, KEY, OUT, DOWN = (
+    f"stages.0.layers.{name}.w" for name in ("0.query", "0.key", "0.out", "1.down")
+)  # LDHK, LDGK, LHKD, LFD
+SHARDS = {  # what one device of each mesh holds
+    "replicated": {"embed": (32, 16), QUERY: (2, 16, 4, 4), "norm.w": (16,)},
+    "fsdp": {"embed": (32, 2), QUERY: (2, 2, 4, 4), OUT: (2, 4, 4, 2), DOWN: (2, 24, 2), "norm.w": (2,)},
+    "tensor": {
+        "embed": (16, 16),
+        "head": (16, 16),
+        QUERY: (2, 16, 2, 4),
+        KEY: (2, 16, 1, 4),
+        OUT: (2, 2, 4, 16),
+        DOWN: (2, 12, 16),
+        "norm.w": (16,),
+    },
+    "fsdp+tensor": {
+        "embed": (16, 4),
+        QUERY: (2, 4, 2, 4),
+        KEY: (2, 4, 1, 4),
+        OUT: (2, 2, 4, 4),
+        DOWN: (2, 12, 4),
+        "norm.w": (4,),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_parameters_and_moments_lie_where_the_rules_say(name):
+    job, _, _, state = trained(name)
+    moments = state["opt"][1][0]
+    for tree in (state["params"], moments.mu, moments.nu):
+        for parameter, shape in SHARDS[name].items():
+            array = tree[parameter]
+            assert len(array.sharding.device_set) == 8
+            assert {shard.data.shape for shard in array.addressable_shards} == {shape}, parameter
+    assert moments.count.sharding.is_fully_replicated
+    rows = job.layout.mesh.shape["data"]
+    batch = jax.device_put(job.dataset.batch(0, 0), job.layout.batch)
+    assert all({s.data.shape for s in array.addressable_shards} == {(B // rows, T)} for array in batch)
+
+
+def test_momentum_of_muon_and_the_average_lie_as_the_parameters():
+    job = prepare(experiment(MESHES["fsdp+tensor"], optimizer=Muon(), train=Train(ema=0.9)))
+    for group in ("opt", "ema"):
+        for path, leaf in jax.tree.leaves_with_path(job.state[group]):
+            name = getattr(path[-1], "key", None)
+            if name in job.structure.specs:
+                assert leaf.sharding == job.state["params"][name].sharding, jax.tree_util.keystr(path)
+            else:
+                assert leaf.sharding.is_fully_replicated
+    assert job.state["ema"][QUERY].sharding.shard_shape((2, 16, 4, 4)) == (2, 4, 2, 4)
+
+
+def test_parts_of_a_batch_stay_on_their_devices():
+    job = prepare(experiment(MESHES["replicated"], train=Train(accumulate=2)))
+    text = job.step.lower(job.state, job.dataset.batch(0, 0)).compile().as_text()
+    assert "all-reduce" in text
+    for move in ("all-gather", "all-to-all", "collective-permute"):
+        assert move not in text
+
+
+@pytest.mark.parametrize(
+    "mesh, rows, message",
+    [
+        (Mesh(data=-1, model=-1), 8, "mesh.data and mesh.model are both -1: fix one"),
+        (Mesh(data=3), 9, "mesh.data = 3 and mesh.model = 1 do not fit 8 devices: .* must be one of 1, 2, 4, 8"),
+        (Mesh(data=4, model=4), 8, "mesh.data = 4 and mesh.model = 4 do not fit 8 devices"),
+        (Mesh(data=-1, model=5), 8, "mesh.model = 5 do not fit"),
+        (Mesh(data=0), 8, "mesh.data = 0"),
+        (Mesh(data=-2, model=-2), 8, "mesh.data = -2"),
+        (Mesh(data=8), 12, "data.B is 12, which does not divide over mesh.data = 8: choose a multiple"),
+    ],
+)
+def test_impossible_meshes(mesh, rows, message):
+    with pytest.raises(ValueError, match=message):
+        build_layout(mesh, rows)
+
+
+def test_a_mesh_takes_the_devices_it_needs():
+    devices = jax.devices()
+    assert build_layout(Mesh(data=2), 8).mesh.devices.ravel().tolist() == devices[:2]
+    assert dict(build_layout(Mesh(model=4), 8).mesh.shape) == {"data": 2, "model": 4}
+    assert dict(build_layout(Mesh(), 3, devices[:1]).mesh.shape) == {"data": 1, "model": 1}
+
+
+def test_the_report_names_what_stays_whole():
+    specs = trained("one device")[0].structure.specs
+    lines = build_layout(Mesh(data=1, model=8, layout="tensor"), 8).report(specs)
+    assert f"{QUERY} is replicated: H = 4 does not divide over model" in lines
+    assert f"{KEY} is replicated: G = 2 does not divide over model" in lines
+    assert not any(line.startswith((DOWN, "embed", "norm", "stages.0.norms")) for line in lines) and len(lines) == 3
+    assert build_layout(Mesh(data=8, layout="fsdp"), 8).report(specs) == []
+    assert build_layout(Mesh(data=8), 8).report(specs) == []
+    narrow = {name: spec._replace(shape=tuple(12 if n == D else n for n in spec.shape)) for name, spec in specs.items()}
+    assert build_layout(Mesh(data=4, model=2, layout="fsdp+tensor"), 8).report(narrow) == []
+    lines = build_layout(Mesh(data=8, layout="fsdp"), 8).report(narrow)
+    assert "norm.w is replicated: D = 12 does not divide over data" in lines and len(lines) == len(specs)
+    lines = build_layout(Mesh(data=2, model=4, layout="tensor"), 8).report({"w": Spec((6, 3), "FH", True, False, "F")})
+    assert lines == ["w is replicated: F = 6, H = 3 does not divide over model"]
