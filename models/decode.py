@@ -64,7 +64,7 @@ class Decoder:
     def __init__(self, model: LanguageModel, *, piece: int = 64, burst: int = 16):
         if piece < 1 or burst < 1:
             raise ValueError(f"piece is {piece} and burst {burst}: both must be at least 1")
-        self.model = model.unstacked()
+        self.model = jax.jit(LanguageModel.unstacked)(model)
         self.piece, self.burst = piece, burst
         self._leaves, self._treedef = jax.tree.flatten(self.model)
         self._empty = jax.jit(self.model.init_state, static_argnums=(0, 1))  # each array with memory of its own

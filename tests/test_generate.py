@@ -215,6 +215,26 @@ def test_a_piece_longer_than_the_memory_is_read():
 
 
 def test_bfloat16_generates():
-    structure, params = structure_and_params(dataclasses.replace(GLOBAL, dtype="bfloat16"))
-    words = generate(structure.module(params), PROMPTS, 3, GREEDY)
-    assert words.shape == (3, 3) and ((0 <= words) & (words < W)).all()
+    structure, params = structure_and_params(dataclasses.replace(BOUNDED, dtype="bfloat16"))
+    ready = Decoder(structure.module(params), piece=4, burst=4)
+    state = jax.eval_shape(lambda: ready.model.init_state(3, 16))
+    ids = jnp.zeros((3, 4), jnp.int32)
+    after, logits = jax.eval_shape(ready._read_piece, ready._leaves, state, Tokens(ids, ids))
+    assert after == state and logits.dtype == jnp.float32
+    out = jax.eval_shape(
+        functools.partial(ready._write_burst, sampling=GREEDY),
+        ready._leaves,
+        state,
+        logits,
+        ids[:, 0],
+        jax.random.key(0),
+    )
+    assert out[0] == state and out[1] == logits and out[-1].shape == (3, 4)
+
+
+def test_all_new_words_at_once():
+    config = LM(W=W, D=16, stages=(Stage((MLP(F=8),)),))
+    structure, params = structure_and_params(config)
+    words = generate(structure.module(params), PROMPTS, 5, GREEDY)
+    assert words.shape == (3, 5)
+    np.testing.assert_array_equal(words[1], whole(config)([6, *words[1]]).argmax(-1)[:5])

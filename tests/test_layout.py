@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
-from layers.mlp import MLP
 from models.lm import LM, Stage
 from models.parameters import Spec
 from training.data import Batch, DataConfig, Dataset
@@ -45,7 +44,7 @@ class NoiseDataset(Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class Heads(LayerConfig):
-    """H heads that multiply what G groups say: letters as in attention, and a program that compiles fast."""
+    """H heads that multiply what G groups say, and F hidden channels: all letters, and a program that compiles fast."""
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "HeadsLayer":
         return HeadsLayer(D, rngs=rngs)
@@ -55,6 +54,7 @@ class HeadsLayer(Layer):
     def __init__(self, D: int, *, rngs: nnx.Rngs):
         self.query = Einsum("BTD,DHK->BTHK", D=D, H=4, K=4, rngs=rngs)
         self.key = Einsum("BTD,DGK->BTGK", D=D, G=2, K=4, rngs=rngs)
+        self.down = Einsum("BTF,FD->BTD", D=D, F=24, residual=True, rngs=rngs)
         self.out = Einsum("BTHK,HKD->BTD", D=D, H=4, K=4, residual=True, rngs=rngs)
 
     def init_state(self, B: int, T: int) -> tuple[()]:
@@ -62,10 +62,12 @@ class HeadsLayer(Layer):
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, state: Any = None) -> Out:
         key_BTHK = jnp.repeat(jnp.cumsum(self.key(x_BTD), 1), 2, axis=2)
-        return Out(self.out(self.query(x_BTD) * key_BTHK), state)
+        query_BTHK = self.query(x_BTD)
+        hidden_BTF = jnp.tanh(jnp.concatenate([query_BTHK[:, :, 0], query_BTHK[:, :, 1]] * 3, -1))
+        return Out(self.out(query_BTHK * key_BTHK) + self.down(hidden_BTF), state)
 
 
-MODEL = LM(W=W, D=D, stages=(Stage((Heads(), MLP(F=24)), repeats=2),), scan_layers="always")
+MODEL = LM(W=W, D=D, stages=(Stage((Heads(),), repeats=2),), scan_layers="always")
 # An eps that small differences of the gradient do not pass.
 ADAM = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
 MESHES = {
@@ -108,7 +110,7 @@ def test_a_run_is_the_same_on_every_mesh(name):
 
 
 QUERY, KEY, OUT, DOWN = (
-    f"stages.0.layers.{name}.w" for name in ("0.query", "0.key", "0.out", "1.down")
+    f"stages.0.layers.{name}.w" for name in ("0.query", "0.key", "0.out", "0.down")
 )  # LDHK, LDGK, LHKD, LFD
 SHARDS = {  # what one device of each mesh holds
     "replicated": {"embed": (32, 16), QUERY: (2, 16, 4, 4), "norm.w": (16,)},
