@@ -16,11 +16,11 @@ LOCKS := requirements.lock $(patsubst %,requirements-%.lock,$(filter $(ACCELERAT
 LEFT := $(filter-out $(ACCELERATOR),$(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu lint bench lock clean FORCE
+.PHONY: help env train test test-slow test-gpu lint bench bench-peers lock clean FORCE
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [ACCELERATOR=cpu|cuda|tpu]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP)  ## set up .venv from the locks; remembers PYTHON and ACCELERATOR until told otherwise
 
@@ -42,7 +42,10 @@ lint: env  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: env  ## speed and memory of the ops beside their peers; writes results/bench_cpu.md
-	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.cpu $(if $(MAXTEXT),--maxtext $(MAXTEXT)) $(ARGS)
+
+bench-peers: env  ## install the peers that `make bench` compares with, apart from .venv (tokamax needs Python 3.12)
+	$(BIN)/python -m benchmarks.cpu --install-peers
 
 # Pins already in a lock stay unless UPGRADE=--upgrade; --python-version is the oldest that is supported.
 COMPILE = uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --only-binary :all: \

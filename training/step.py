@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,8 @@ def train_step(
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, Array]]:
+        chex.assert_rank(batch, 2)
+        chex.assert_equal_shape(batch)
         params = state["params"]
         (loss, said), grads = gradients(params, batch)
         norm = optax.tree.norm(grads)
