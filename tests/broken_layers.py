@@ -4,7 +4,7 @@ They live here and not in layers/, so that `layers.discover()` never finds them.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class Healthy(LayerConfig):
 
     chunk: int = 16
     implementation: str = "auto"
+    layer: ClassVar[Any]
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "HealthyLayer":
         return type(self).layer(self, D, rngs=rngs)
@@ -180,7 +181,8 @@ class RightOnTheGridOnly(HealthyLayer):
         y_BTHV, end = super().recur(q, k, v, keep_BTH, pos_BT, memory)
         ragged = q.shape[1] % self.config.chunk
         if 1 < ragged < self.config.chunk // 2:
-            _, end = super().recur(*(a[:, :-1] for a in (q, k, v, keep_BTH, pos_BT)), memory)
+            s = slice(-1)
+            _, end = super().recur(q[:, s], k[:, s], v[:, s], keep_BTH[:, s], pos_BT[:, s], memory)
         return y_BTHV, end
 
 
@@ -261,9 +263,10 @@ class ForgetsTheGradient(HealthyLayer):
     def recur(self, q: Array, k: Array, v: Array, keep_BTH: Array, pos_BT: Array, memory: Array) -> tuple[Array, Array]:
         if self.config.implementation == "naive":
             return super().recur(q, k, v, keep_BTH, pos_BT, memory)
-        first, rest = (tuple(a[:, s] for a in (q, k, v, keep_BTH, pos_BT)) for s in (slice(1), slice(1, None)))
-        y_first, memory = super().recur(*first, memory)
-        y_rest, memory = super().recur(*rest, jax.lax.stop_gradient(memory))
+        s = slice(1)
+        y_first, memory = super().recur(q[:, s], k[:, s], v[:, s], keep_BTH[:, s], pos_BT[:, s], memory)
+        s, memory = slice(1, None), jax.lax.stop_gradient(memory)
+        y_rest, memory = super().recur(q[:, s], k[:, s], v[:, s], keep_BTH[:, s], pos_BT[:, s], memory)
         return jnp.concatenate([y_first, y_rest], axis=1), memory
 
 

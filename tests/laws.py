@@ -21,6 +21,7 @@ from reading import (
     QUICK,
     B,
     D,
+    Said,
     W,
     apply,
     build,
@@ -80,8 +81,8 @@ def any_cut_of_time(config: LayerConfig) -> None:
     same(pull(layer, x_BTD, said, x_BTD)[0], y_BTD, "training call against fresh state")
 
     _, warm = read(layer, stream(C, 3), tokens(np.stack([places(C, 5), places(C)])), empty, [C])
-    goes_on = Tokens(said.ids_BT, np.stack([np.where(places(T, 9) == np.arange(T), C - 5, 0), [C] * T]))
-    goes_on = Tokens(goes_on.ids_BT, (goes_on.pos_BT + np.stack([places(T, 9), np.arange(T)])).astype(np.int32))
+    goes_on = Said(said.ids_BT, np.stack([np.where(places(T, 9) == np.arange(T), C - 5, 0), [C] * T]))
+    goes_on = Said(goes_on.ids_BT, (goes_on.pos_BT + np.stack([places(T, 9), np.arange(T)])).astype(np.int32))
     warm_y_BTD, warm_end = read(layer, x_BTD, goes_on, warm, [T])
 
     def judge(pieces: list[int], what: str) -> None:
@@ -117,9 +118,10 @@ def state_keeps_its_shape(config: LayerConfig) -> None:
         for n in (1, 7):
             before = jax.eval_shape(lambda: layer.init_state(B, 32))
             x_BTD = jax.ShapeDtypeStruct((B, n, D), dtype)
-            said = Tokens(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 2)
+            said = Said(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 2)
             out = jax.eval_shape(lambda state, x, said: layer(x, said, state), before, x_BTD, said)
-            assert jax.tree.structure(before) == jax.tree.structure(out.state), "the state's structure changed"
+            structures: list[Any] = [jax.tree.structure(tree) for tree in (before, out.state)]
+            assert structures[0] == structures[1], "the state's structure changed"
             shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (before, out.state)]
             assert shapes[0] == shapes[1], f"the state changed from {shapes[0]} to {shapes[1]}"
             assert (out.y_BTD.shape, out.y_BTD.dtype) == (x_BTD.shape, dtype), f"y is {out.y_BTD}, x {x_BTD}"
@@ -186,7 +188,7 @@ def causal(config: LayerConfig) -> None:
         other_ids, other_x = said.ids_BT.copy(), x_BTD.copy()
         other_ids[0, t:] = (other_ids[0, t:] + 1) % W
         other_x[0, t:] *= -2
-        got_y, _ = read(layer, other_x, Tokens(other_ids, pos_BT), fresh(layer, config), [T])
+        got_y, _ = read(layer, other_x, Said(other_ids, pos_BT), fresh(layer, config), [T])
         live = pos_BT >= 0
         same(got_y[0, :t][live[0, :t]], y_BTD[0, :t][live[0, :t]], f"y before a change at {t}", 1e-14)
         same(got_y[1][live[1]], y_BTD[1][live[1]], "y of a row beside a changed one", 1e-14)
@@ -215,7 +217,7 @@ def a_document_forgets(config: LayerConfig) -> None:
     for row, row_starts in enumerate(starts):
         for start, stop in zip(row_starts, (*row_starts[1:], T), strict=True):
             alone_x = np.repeat(x_BTD[row : row + 1, start:stop], B, axis=0)
-            alone = Tokens(*(np.repeat(a[row : row + 1, start:stop], B, axis=0) for a in said))
+            alone = Said(*(np.repeat(a[row : row + 1, start:stop], B, axis=0) for a in said))
             alone_y, alone_end = read(layer, alone_x, alone, empty, pieces_of(stop - start, C))
             same(y_BTD[row, start:stop], alone_y[row], f"document {start}:{stop} of row {row}")
         last = repeat_row(end, row)
@@ -238,9 +240,7 @@ def padding_changes_nothing(config: LayerConfig) -> None:
     after_B = (
         pos_BT.max(axis=1, where=np.arange(T) >= [[np.flatnonzero(row == 0)[-1]] for row in pos_BT], initial=0) + 1
     )
-    other = Tokens(
-        np.where(valid, said.ids_BT, (said.ids_BT + 1) % W), np.where(valid, said.pos_BT, -9).astype(np.int32)
-    )
+    other = Said(np.where(valid, said.ids_BT, (said.ids_BT + 1) % W), np.where(valid, said.pos_BT, -9).astype(np.int32))
     other_y, other_end = read(layer, np.where(valid[..., None], x_BTD, 9 - x_BTD), other, empty, [T])
     same(other_y[valid], y_BTD[valid], "y under other padding", 0)
     same_memory(layer, other_end, end, after_B, C, "memory under other padding", 0)
@@ -250,7 +250,7 @@ def padding_changes_nothing(config: LayerConfig) -> None:
         same_memory(layer, cut_end, end, after_B, C, f"memory of padded pieces {pieces[:3]}")
     for row in range(B):
         compact_x = np.repeat(x_BTD[row][valid[row]][None], B, axis=0)
-        compact = Tokens(*(np.repeat(a[row][valid[row]][None], B, axis=0) for a in said))
+        compact = Said(*(np.repeat(a[row][valid[row]][None], B, axis=0) for a in said))
         compact_y, compact_end = read(layer, compact_x, compact, empty, pieces_of(valid[row].sum(), C))
         same(y_BTD[row][valid[row]], compact_y[row], f"y of row {row} without its padding")
         got = repeat_row(end, row)
@@ -315,7 +315,7 @@ def implementations_agree(config: LayerConfig) -> None:
     said = tokens(np.stack([places(T, 5, grain(config) + 3), places(T)]))
     results = {}
     for name in ("naive", "chunked", config.implementation):
-        chosen = dataclasses.replace(config, implementation=name)
+        chosen = dataclasses.replace(config, **{"implementation": name})
         structure = jax.tree.structure(jax.eval_shape(lambda chosen=chosen: chosen.build(D, rngs=nnx.Rngs(params=0))))
         layer = jax.tree.unflatten(structure, jax.tree.leaves(copy(stack(config))))
         _, end = read(layer, x_BTD, said, fresh(layer, config), [T])
@@ -419,14 +419,12 @@ def groups_of(line: str) -> list[set[int]]:
         devices = np.arange(np.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
         return [set(group) for group in devices.tolist()]
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=2,'b'=2] {'a'}
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        inside = [i for i, name in enumerate(sizes) if f"'{name}'" in found[2]]
-        devices = np.moveaxis(
-            np.arange(np.prod(list(sizes.values()))).reshape(*sizes.values()), inside, range(-len(inside), 0)
-        )
-        return [
-            set(group) for group in devices.reshape(-1, np.prod([list(sizes.values())[i] for i in inside])).tolist()
-        ]
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        inside = [i for i, name in enumerate(axes) if f"'{name}'" in found[2]]
+        devices = np.arange(np.prod(list(axes.values()))).reshape(*axes.values())
+        members = np.prod([devices.shape[i] for i in inside])
+        devices = np.moveaxis(devices, inside, range(-len(inside), 0)).reshape(-1, members)
+        return [set(group) for group in devices.tolist()]
     return []
 
 
@@ -444,7 +442,7 @@ def bfloat16_stays_close(config: LayerConfig) -> None:
     T = length(config)
     x_BTD, said, (_, y_BTD, *_) = long_run(config, 1)
     rows = [INPUTS.index("usual"), INPUTS.index("positive")]  # causal: the first T of 4096 tokens stand alone
-    x_BTD, said = x_BTD[rows, :T].astype(np.float64), Tokens(*(a[rows, :T] for a in said))
+    x_BTD, said = x_BTD[rows, :T].astype(np.float64), Said(*(a[rows, :T] for a in said))
     with jax.enable_x64(True):
         want_BTD = np.asarray(pull(cast(copy(build(config)), np.float64), x_BTD, said, x_BTD)[0])
     valid = said.pos_BT >= 0

@@ -19,6 +19,7 @@ from layers.layer import LayerConfig, Tokens
 
 D, B, W = 64, 2, 50  # the contract: examples build at this width and take any ids below W
 TOLERANCE = 1e-9  # relative, float64
+Said: Any = Tokens  # made here of numpy arrays and of shapes, which its annotations do not foresee
 QUICK = {"xla_backend_optimization_level": 0}  # for programs that are compiled once and run a few milliseconds
 
 
@@ -92,7 +93,7 @@ def stream(T: int, seed: int = 0, rows: int = B) -> np.ndarray:
 
 def tokens(pos_BT: np.ndarray, seed: int = 0) -> Tokens:
     ids_BT = np.random.default_rng(seed).integers(0, W, pos_BT.shape)
-    return Tokens(ids_BT.astype(np.int32), pos_BT.astype(np.int32))
+    return Said(ids_BT.astype(np.int32), pos_BT.astype(np.int32))
 
 
 def places(T: int, *starts: int) -> np.ndarray:
@@ -133,7 +134,7 @@ def read(layer: Any, x_BTD: np.ndarray, said: Tokens, state: Any, pieces: Sequen
     ys, start = [], 0
     for n in pieces:
         cut = slice(start, start + n)
-        y_BTD, state = apply(layer, x_BTD[:, cut], Tokens(*(a[:, cut] for a in said)), state)
+        y_BTD, state = apply(layer, x_BTD[:, cut], Said(*(a[:, cut] for a in said)), state)
         ys.append(y_BTD)
         start += n
     return np.concatenate([np.asarray(y) for y in ys], axis=1), jax.device_get(state)
