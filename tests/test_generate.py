@@ -19,9 +19,7 @@ from models.lm import LM, Stage
 from models.parameters import flatten
 
 W = 33
-BOUNDED = LM(
-    W=W, D=16, stages=(Stage((GatedDeltaNet(H=2, K=4, V=8, chunk=4), Attention(H=2, window=5), MLP(F=24)), repeats=2),)
-)
+BOUNDED = LM(W=W, D=16, stages=(Stage((GatedDeltaNet(H=2, K=4, V=8, chunk=4), Attention(H=2, window=5), MLP(F=24))),))
 GLOBAL = LM(W=W, D=16, stages=(Stage((Attention(H=2, G=1), MLP(F=24))),), tied=True)
 PROMPTS = [[7, 3, 11, 20, 5, 8, 1, 30, 2, 9, 4], [6], [12, 0, 17, 17, 32, 1]]
 GREEDY = Sampling(temperature=0)

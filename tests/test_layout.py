@@ -67,7 +67,7 @@ class HeadsLayer(Layer):
         return Out(self.out(query_BTHK * key_BTHK) + self.down(hidden_BTF), state)
 
 
-MODEL = LM(W=W, D=D, stages=(Stage((Heads(),), repeats=2),), scan_layers="always")
+MODEL = LM(W=W, D=D, stages=(Stage((Heads(),), repeats=2),), tied=True, scan_layers="always")
 # An eps that small differences of the gradient do not pass.
 ADAM = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
 MESHES = {
@@ -86,7 +86,7 @@ def experiment(mesh, **changes):
 @functools.cache
 def trained(name):
     """(job, first parameters, losses and gradient norms of three steps, state after them)"""
-    job = prepare(experiment(MESHES[name]))
+    job = prepare(experiment(MESHES[name], train=Train(accumulate=2 if name == "replicated" else 1)))
     state = job.init()
     first = jax.tree.map(np.asarray, state["params"])
     said = []
@@ -117,7 +117,6 @@ SHARDS = {  # what one device of each mesh holds
     "fsdp": {"embed": (32, 2), QUERY: (2, 2, 4, 4), OUT: (2, 4, 4, 2), DOWN: (2, 24, 2), "norm.w": (2,)},
     "tensor": {
         "embed": (16, 16),
-        "head": (16, 16),
         QUERY: (2, 16, 2, 4),
         KEY: (2, 16, 1, 4),
         OUT: (2, 2, 4, 16),
@@ -163,7 +162,8 @@ def test_momentum_of_muon_and_the_average_lie_as_the_parameters():
 
 
 def test_parts_of_a_batch_stay_on_their_devices():
-    job = prepare(experiment(MESHES["replicated"], train=Train(accumulate=2)))
+    job = trained("replicated")[0]
+    assert job.experiment.train.accumulate == 2
     text = job.step.lower(job.state, job.dataset.batch(0, 0)).compile().as_text()
     assert "all-reduce" in text
     for move in ("all-gather", "all-to-all", "collective-permute"):
