@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,6 +70,11 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         if writable:
+            if strange := sorted(set("*?[\\") & set(str(self.folder))):
+                # Orbax takes its own path for a pattern where it merges its files, and so leaves them unmerged.
+                raise CheckpointError(
+                    f"no checkpoints can be kept in {self.folder}: choose a path without {strange[0]}"
+                )
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -188,6 +194,7 @@ class Checkpoints:
 
             # Weights hardly compress (12% here, for half as much CPU time again).
             logging.getLogger("absl").addFilter(_not_orbax)
+            _hush_closed_loops()
             self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         return self._orbax
 
@@ -444,3 +451,19 @@ def reason(error: BaseException) -> str:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs each failed write as pages of traceback; it also raises it, and we report that in one line."""
     return "orbax" not in Path(record.pathname).parts
+
+
+def _hush_closed_loops() -> None:
+    """When a write fails, orbax closes its event loop while other writes still call back into it, from threads that
+    can tell nobody: Python would print a traceback for each, around the one line that says what happened."""
+    previous = sys.unraisablehook
+    if getattr(previous, "hushes", False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    hook.hushes = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook

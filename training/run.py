@@ -198,15 +198,13 @@ def train(
     Raises ConfigError, DataError or CheckpointError, each in one line.
     """
     console = console or Console()
+    source = _source(run, resume, experiment, console)
+    config = settings.render(experiment)
+    job = prepare(experiment)
+    facts = describe(job, console, run)
     if dry_run:
-        _source(run, resume, experiment, console)
-        describe(prepare(experiment), console, run)
         return Outcome(status="dry run", step=0)
     with RunLock(run):
-        source = _source(run, resume, experiment, console)
-        job = prepare(experiment)
-        facts = describe(job, console, run)
-        config = settings.render(experiment)
         asked = experiment.train
         with (
             Stop() as stop,
