@@ -94,7 +94,9 @@ def survive(
     aims = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
     draw.shuffle(aims)
     struck = 0
-    for aim, step in zip(aims, sorted(draw.choices(range(1, last), k=kills)), strict=True):
+    # Not in the last quarter: the next save or evaluation must come before the end.
+    targets = sorted(draw.choices(range(1, max(2, last * 3 // 4)), k=kills))
+    for aim, step in zip(aims, targets, strict=True):
         began = time.monotonic()
         until = began + draw.uniform(0, starting)
         before = look(killed, evaluations)

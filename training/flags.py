@@ -51,6 +51,8 @@ def parse(experiment: Any, arguments: Sequence[str], *, program: str, run: Path)
         if not exit.code:
             raise
         raise ConfigError(_first_paragraph(said.getvalue())) from None
+    except ValueError as error:  # of the whole experiment; those of its parts tyro has drawn as boxes
+        raise ConfigError(str(error)) from error
 
 
 _REGISTRY = ConstructorRegistry()
