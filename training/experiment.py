@@ -26,6 +26,13 @@ class Schedule:
     final: float = 0.1
     decay: float = 0.2
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise ValueError(f"Schedule.warmup is {self.warmup}: it must be at least 0 steps")
+        for field in ("final", "decay"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"Schedule.{field} is {getattr(self, field)}: it must be a fraction, 0 to 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
