@@ -72,9 +72,11 @@ def ours(vocab: int) -> Trainee:
     from models.parameters import flatten
     from training.data import Batch
     from training.experiment import AdamW, Experiment, Schedule, Train
+    from training.heap import keep_heap
     from training.optimizer import build_optimizer
     from training.step import init_state, train_step
 
+    keep_heap()  # as every run of ours on CPU does
     config = data(vocab)
     dataset = config.build()
     experiment = Experiment(
