@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,11 @@ def test_from_the_first_run_to_one_that_is_done(tmp_path, monkeypatch, capsys):
     assert "tiny is done: nothing is left to train" in again and "step 1/8" not in again
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert sorted(path.name for path in run.parent.iterdir()) == ["tiny"]
+
+    shutil.rmtree(run / "figures")
+    (run / "figures").write_text("")
+    assert train.main(["tiny"]) == 2
+    assert capsys.readouterr().err == "error: File exists: tiny/figures\n"
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class Remains:
         if self.log in (0, before.log):
             return "while starting"
         if self.step == (before.checkpoint or 0):
-            return f"before step {self.step + 1} was done"
+            return "before its first new step"
         doing = " and".join([" while evaluating"] * self.evaluating + [" while saving"] * self.saving)
         return f"after step {self.step}{doing}"
 
@@ -97,6 +97,8 @@ def survive(
     # Not in the last quarter: the next save or evaluation must come before the end.
     targets = sorted(draw.choices(range(1, max(2, last * 3 // 4)), k=kills))
     for aim, step in zip(aims, targets, strict=True):
+        if aim == "evaluation" and not any(step <= evaluation < last for evaluation in evaluations):
+            aim = "step"
         began = time.monotonic()
         until = began + draw.uniform(0, starting)
         before = look(killed, evaluations)
