@@ -83,6 +83,8 @@ class Train:
     bad_steps: steps in a row with a non-finite loss or gradient before the run stops. Such a step changes nothing.
     keep_last, keep_best: checkpoints kept, newest and by held-out loss.
     seed: of parameters and of the data's order.
+    tensorboard: also write scalars for TensorBoard into the run's folder.
+    wandb: name of a Weights & Biases project to write to; None for none.
     """
 
     steps: int = 1000
