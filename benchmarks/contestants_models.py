@@ -73,6 +73,9 @@ class NoiseDataset(Dataset):
         pos = np.broadcast_to(np.arange(self.config.T, dtype=np.int32), shape)
         return Batch(ids, pos, np.roll(ids, -1, 1))
 
+    def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
+        yield self.batch(1, 0, rows)
+
 
 def train(model: str, depth: int, D: int, B: int, T: int, H: int = 4) -> Loaded:
     """The step that `train.py` runs, AdamW included, parameters split once and donated."""
