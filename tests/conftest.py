@@ -5,8 +5,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-# XLA reads these once, when jax is first imported. Tests mostly compile: the cheapest code generation takes a fifth
-# to a third off their CPU time, slower programs included; the cache, without a threshold, serves both workers and the next run.
+# XLA reads these once, when jax is first imported. Tests mostly compile: the cheapest code generation takes a fifth to
+# a third off their CPU time, slower programs included. The cache, without a threshold, serves both workers and the next
+# run.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 )
