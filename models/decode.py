@@ -150,3 +150,8 @@ def generate(
 ) -> np.ndarray:
     """All new words at once, int32 [B, steps]."""
     return np.concatenate(list(Decoder(model).generate(prompts, steps, sampling, seed=seed)), 1)
+
+
+def printable(text: str) -> str:
+    """A model's text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -1,6 +1,7 @@
 """The door to generation: `python -m models.generate RUN --prompt "import "`."""
 
 import dataclasses
+import resource
 import sys
 import time
 
@@ -34,7 +35,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m models.generate")
-    from models.decode import Decoder, Sampling
+    from models.decode import Decoder, Sampling, printable
     from training.run import load_model
 
     try:
@@ -46,18 +47,32 @@ def main() -> None:
     if dataset.doc_start is not None:
         ids = np.concatenate([[dataset.doc_start], ids])
     print(options.prompt, end="", flush=True)
-    text, words, begun = "", [], time.perf_counter()
+    text, words, stamps, held = "", [], [time.perf_counter()], 0
     try:
         for new in Decoder(model).generate([list(ids)], options.steps, sampling, seed=options.seed):
             words.extend(new[0])
+            stamps.append(time.perf_counter())
+            held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             # A character may be complete only with the next token.
             whole = dataset.decode(np.array(words)).rstrip("\ufffd")
-            print(whole[len(text) :], end="", flush=True)
+            print(printable(whole[len(text) :]), end="", flush=True)
             text = whole
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    rate = len(words) / (time.perf_counter() - begun)
-    print(f"\n[{len(words)} tokens, {rate:.0f} a second, reading the prompt and compiling included]", file=sys.stderr)
+    print(f"\n[{_account(len(words), stamps, held)}]", file=sys.stderr)
+
+
+def _account(tokens: int, stamps: list[float], held: int) -> str:
+    """Tokens a second at first and at last, and what memory grew by in between. stamps: before and after each burst."""
+    start = f"{tokens} tokens; {stamps[1] - stamps[0]:.1f} s to compile, read the prompt and draw the first"
+    bursts, part = len(stamps) - 2, (len(stamps) - 2) // 4
+    if part == 0:
+        return start
+    burst = tokens / (bursts + 1)
+    first = burst * part / (stamps[1 + part] - stamps[1])
+    last = burst * part / (stamps[-1] - stamps[-1 - part])
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    return f"{start}; then {first:.0f} tokens a second in the first quarter, {last:.0f} in the last, {more:.1f} MB more"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from models.decode import Sampling, generate
+from models.decode import Sampling, generate, printable
 from training.experiment import Experiment
 from training.figures import loss_curve, position_curve
 from training.run import Outcome
@@ -35,7 +35,7 @@ def report(experiment: Experiment, outcome: Outcome, run: Path, console: Console
         text = sample(outcome, experiment.sample)
         path.write_text(f"step {outcome['step']}, temperature 0.7\n{'-' * 40}\n{text}\n")
         # A model of bytes may write what moves a terminal's cursor.
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:400])
+        shown = printable(text[:400])
         console.print(f"\n{shown}\n", markup=False, highlight=False)
         written.append(path)
     console.print("written: " + ", ".join(map(str, written)), markup=False, highlight=False, soft_wrap=True)
