@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from layers.layer import Tokens
 from models.lm import LanguageModel
@@ -67,6 +68,8 @@ class Decoder:
         self.model = jax.jit(LanguageModel.unstacked)(model)
         self.piece, self.burst = piece, burst
         self._leaves, self._treedef = jax.tree.flatten(self.model)
+        where = self._leaves[0].sharding
+        self._home = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
         self._empty = jax.jit(self.model.init_state, static_argnums=(0, 1))  # each array with memory of its own
         self._read = jax.jit(self._read_piece, donate_argnums=1)
         self._write = jax.jit(self._write_burst, static_argnums=5, donate_argnums=1)
@@ -113,12 +116,13 @@ class Decoder:
         if capacity is None:
             capacity = -(-(longest + bursts * self.burst) // ROOM) * ROOM
         # A whole piece is read at once, although a part of it may be padding.
-        state = self._empty(len(prompts), max(capacity, self.piece))
+        # Put where the weights lie: a first call with arrays that lie nowhere in particular would be compiled apart.
+        state = jax.device_put(self._empty(len(prompts), max(capacity, self.piece)), self._home)
         logits = None
         for start in range(0, read, self.piece):
             piece = Tokens(*(jnp.asarray(x[:, start : start + self.piece]) for x in (ids, pos)))
             state, logits = self._read(self._leaves, state, piece)
-        place, key = jnp.asarray(pos[:, -1] + 1), jax.random.key(seed)
+        place, key = jax.device_put((pos[:, -1] + 1, jax.random.key(seed)), self._home)
         for done in range(0, steps, self.burst):
             state, logits, place, key, words = self._write(self._leaves, state, logits, place, key, sampling)
             yield np.asarray(words)[:, : steps - done]
