@@ -105,12 +105,13 @@ def train_step(
         }
         metrics = {
             "loss": loss,
-            "bits_per_byte": said["nll"] / LOG2 / jnp.maximum(said["bytes"], 1),
             "accuracy": said["correct"] / _asked(batch),
             "grad_norm": norm,
             "skipped": new["counters"]["skipped"],
             "bad": new["counters"]["bad"],
         }
+        if token_bytes.any():  # words that stand for text
+            metrics["bits_per_byte"] = said["nll"] / LOG2 / jnp.maximum(said["bytes"], 1)
         return new, metrics | {name: value for name, value in said.items() if name.startswith("aux/")}
 
     return step
