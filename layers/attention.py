@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive, take
 from layers.norm import RMSNorm
 from layers.ops.attention import attention
 from layers.ops.rope import rope
@@ -112,11 +112,7 @@ class AttentionLayer(Layer):
         )
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: AttentionState | None = None) -> Out:
-        q_BTHK, k_BTGK, v_BTGV = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        if (theta := self.config.rope_theta) is not None:
-            q_BTHK, k_BTGK = rope(q_BTHK, tokens.pos_BT, theta), rope(k_BTGK, tokens.pos_BT, theta)
+        q_BTHK, (k_BTGK, v_BTGV) = self._query(x_BTD, tokens.pos_BT), self._key_value(x_BTD, tokens.pos_BT)
         if state is None:
             time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
             y_BTHV = attention(
@@ -130,9 +126,40 @@ class AttentionLayer(Layer):
             )
         else:
             y_BTHV, state = _remember(q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)
+        return Out(self._write(y_BTHV, x_BTD), state)
+
+    def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
+        x_BND = take(x_BTD, at_BN)
+        k_BTGK, v_BTGV = self._key_value(x_BTD, tokens.pos_BT)
+        time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
+        y_BNHV = attention(
+            self._query(x_BND, take(tokens.pos_BT, at_BN)),
+            k_BTGK,
+            v_BTGV,
+            query_time=take(time_BT, at_BN),
+            key_time=time_BT,
+            since=take(since_BT, at_BN),
+            window=self.config.window,
+        )
+        return Out(self._write(y_BNHV, x_BND), None)
+
+    def _query(self, x_BTD: Array, pos_BT: Array) -> Array:
+        return self._place(self.query(x_BTD), self.query_norm, pos_BT)
+
+    def _key_value(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array]:
+        return self._place(self.key(x_BTD), self.key_norm, pos_BT), self.value(x_BTD)
+
+    def _place(self, x_BTHK: Array, norm: RMSNorm | None, pos_BT: Array) -> Array:
+        """Queries or keys, normed and turned by their place."""
+        x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
+        theta = self.config.rope_theta
+        return x_BTHK if theta is None else rope(x_BTHK, pos_BT, theta)
+
+    def _write(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        """What goes to the residual stream."""
         if self.gate is not None:
             y_BTHV = y_BTHV * jax.nn.sigmoid(self.gate(x_BTD))
-        return Out(self.out(y_BTHV), state)
+        return self.out(y_BTHV)
 
 
 def _number(pos_BT: Array, time_B1: Array | int, start_B1: Array | int) -> tuple[Array, Array]:
@@ -158,7 +185,7 @@ def _remember(
     k_BGTK = k_BTGK.astype(state.keys_BGSK.dtype).swapaxes(1, 2)
     v_BGTV = v_BTGV.astype(state.values_BGSV.dtype).swapaxes(1, 2)
 
-    after = AttentionState(*_write(state, k_BGTK, v_BGTV, time_BT, end_B), end_B, since_BT[:, -1])
+    after = AttentionState(*_store(state, k_BGTK, v_BGTV, time_BT, end_B), end_B, since_BT[:, -1])
     if bounded and T > 1:
         # The piece may write over what its own first tokens see.
         k_BGSK = jnp.concatenate([state.keys_BGSK, k_BGTK], axis=2)
@@ -181,7 +208,7 @@ def _remember(
     return y_BTHV, after
 
 
-def _write(
+def _store(
     state: AttentionState, k_BGTK: Array, v_BGTV: Array, time_BT: Array, end_B: Array
 ) -> tuple[Array, Array, Array]:
     """The three rings with the last S of the new tokens in their slots; padding is dropped."""

@@ -9,7 +9,7 @@ carries and so in the rules of the mesh (training/layout.py).
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,11 @@ class Layer(nnx.Module):
     Reading T tokens at once, in pieces of any size, or one by one gives the same y. With state None the sequence
     starts fresh and keeps nothing (training); with a state it is continued, and the state handed back (prefill and
     decoding are the same call).
+
+    pointwise: each token is read by itself, whatever stands around it (an MLP).
     """
+
+    pointwise: ClassVar[bool] = False
 
     def init_state(self, B: int, T: int) -> Any:
         """An empty memory for B sequences of at most T tokens: a NamedTuple of arrays, or () where there is none."""
@@ -69,6 +73,19 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: Any = None) -> Out:
         raise NotImplementedError
+
+    def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
+        """A training call of which only the outputs at places `at_BN` (int32) are wanted: y is [B, N, D].
+
+        A probe asks at few places. Override it where that saves more than the rest of the model.
+        """
+        out = self(x_BTD, tokens)
+        return out._replace(y_BTD=take(out.y_BTD, at_BN))
+
+
+def take(x: Array, at_BN: Array) -> Array:
+    """Tokens at places `at_BN` of each row: [B, T, ...] -> [B, N, ...]."""
+    return jnp.take_along_axis(x, at_BN.reshape(at_BN.shape + (1,) * (x.ndim - 2)), 1)
 
 
 class Einsum(nnx.Module):

@@ -32,6 +32,8 @@ class MLP(LayerConfig):
 
 
 class MLPLayer(Layer):
+    pointwise = True
+
     def __init__(self, config: MLP, D: int, *, rngs: nnx.Rngs):
         F = config.F or -(-8 * D // (3 * 64)) * 64
         self.config = config

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from layers.layer import LayerConfig, Out, Tokens, positive
+from layers.layer import LayerConfig, Out, Tokens, positive, take
 from layers.norm import RMSNorm
 
 State = tuple[tuple[tuple[Any, ...], ...], ...]  # by stage, repeat, layer of the pattern
@@ -78,16 +78,28 @@ class Block(nnx.Module):
         self.norms = nnx.List([RMSNorm(D, eps=eps) for _ in pattern])
         self.layers = nnx.List([config.build(D, rngs=rngs) for config in pattern])
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
+    def __call__(self, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None, at_BN: Array | None = None):
+        """With `at_BN` (and no states) only those places come out: from the last layer on that mixes them."""
+        last = max((i for i, layer in enumerate(self.layers) if not layer.pointwise), default=-1)
+        if at_BN is not None and last < 0:
+            x_BTD, tokens = _at(at_BN, x_BTD, tokens)
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
-            out = layer(norm(x_BTD), tokens, None if states is None else states[i])
+            if at_BN is not None and i == last:
+                out = layer.read(norm(x_BTD), tokens, at_BN)
+                x_BTD, tokens = _at(at_BN, x_BTD, tokens)
+            else:
+                out = layer(norm(x_BTD), tokens, None if states is None else states[i])
             y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
             x_BTD = x_BTD + y_BTD
             after.append(out.state)
             aux |= {f"{i}/{name}": value for name, value in out.aux.items()}
         return x_BTD, None if states is None else tuple(after), aux
+
+
+def _at(at_BN: Array, x_BTD: Array, tokens: Tokens) -> tuple[Array, Tokens]:
+    return take(x_BTD, at_BN), Tokens(*(take(a, at_BN) for a in tokens))
 
 
 class LanguageModel(nnx.Module):
@@ -125,15 +137,26 @@ class LanguageModel(nnx.Module):
         twin.stages = nnx.List([nnx.List(blocks) for blocks in apart])
         return twin
 
-    def hidden(self, tokens: Tokens, state: State | None = None, *, skip: tuple[str, ...] = ()) -> Out:
+    def hidden(
+        self,
+        tokens: Tokens,
+        state: State | None = None,
+        *,
+        skip: tuple[str, ...] = (),
+        at_BN: Array | None = None,
+    ) -> Out:
         """The residual stream after the last norm, [B, T, D] in the compute dtype.
 
+        at_BN: int32, the places that are wanted: y is [B, N, D], and the last layers do no more than that takes. With
+        a state: ValueError, since all of the tokens have to be remembered.
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
         still advance); ValueError for a name that no layer has. aux: each layer's, as "stage.repeat.layer/name"; a
         scanned stage's as "stage.*.layer/name", stacked.
         """
         config = self.config
         check_skip(config, skip)
+        if state is not None and at_BN is not None:
+            raise ValueError("LanguageModel.hidden: places (at_BN) are for training calls, which have no state")
         dtype = jnp.dtype(config.dtype)
         if self.embed[...].dtype == jnp.float64:  # a model cast to float64 is a judge: compute in it
             dtype = jnp.dtype(jnp.float64)
@@ -144,17 +167,27 @@ class LanguageModel(nnx.Module):
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
-            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep)
+            ends = s == len(config.stages) - 1
+            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, at_BN if ends else None)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
         return Out(self.norm(x_BTD), None if state is None else tuple(after), aux)
 
-    def _run(self, stage: Stage, blocks: Any, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None):
+    def _run(
+        self,
+        stage: Stage,
+        blocks: Any,
+        x_BTD: Array,
+        tokens: Tokens,
+        states: Any,
+        keep: Array | None,
+        at_BN: Array | None,
+    ):
         config = self.config
         scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
 
-        def call(block, x_BTD, states, keep):
-            return block(x_BTD, tokens, states, keep)
+        def call(block, x_BTD, states, keep, at_BN):
+            return block(x_BTD, tokens, states, keep, at_BN)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -163,19 +196,24 @@ class LanguageModel(nnx.Module):
         if scan and not isinstance(blocks, nnx.List):
 
             def body(x_BTD, xs):
-                x_BTD, after, said = call(xs[0], x_BTD, xs[1], xs[2])
+                x_BTD, after, said = call(xs[0], x_BTD, xs[1], xs[2], None)
                 return x_BTD, (after, said)
 
             stacked = None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
             x_BTD, (new, said) = jax.lax.scan(body, x_BTD, (blocks, stacked, keep))
             new = None if states is None else tuple(unstack(new, stage.repeats))
+            x_BTD = x_BTD if at_BN is None else take(x_BTD, at_BN)
             return x_BTD, new, {f"*.{name}": value for name, value in said.items()}
 
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for r, block in enumerate(_apart(blocks, stage)):
             x_BTD, new, said = call(
-                block, x_BTD, None if states is None else states[r], None if keep is None else keep[r]
+                block,
+                x_BTD,
+                None if states is None else states[r],
+                None if keep is None else keep[r],
+                at_BN if r == stage.repeats - 1 else None,
             )
             after.append(new)
             aux |= {f"{r}.{name}": value for name, value in said.items()}

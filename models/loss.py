@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from layers.layer import Tokens, take
 from models.lm import LanguageModel
 
 ASK_NOTHING = -100  # the label of a position that is not asked
 
 
 class Scores(NamedTuple):
-    """Of each asked position, float32; 0 where nothing is asked. [B, T], or [B, n] with `labelled=n`."""
+    """Of each asked position, float32; 0 where nothing is asked. [B, T]."""
 
     nll: Array  # natural-log loss
     correct: Array  # 1 where the likeliest word is the label
@@ -21,18 +22,32 @@ class Scores(NamedTuple):
     labels: Array  # int32
 
 
-def score(
-    model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, labelled: int | None = None, limit: int = 2**24
-) -> Scores:
+def score_tokens(
+    model: LanguageModel,
+    tokens: Tokens,
+    labels_BT: Array,
+    *,
+    labelled: int | None = None,
+    skip: tuple[str, ...] = (),
+) -> tuple[Scores, dict[str, Array]]:
+    """A training call, scored: (scores, the layers' aux).
+
+    labelled: the most labels that a row has, where labels are sparse: then the model's last layers and its head read
+    those places alone, and the scores are [B, labelled].
+    """
+    at_BN = None
+    if labelled is not None and labelled < labels_BT.shape[1]:
+        _, at_BN = jax.lax.top_k((labels_BT != ASK_NOTHING).astype(jnp.int32), labelled)  # of equals, the first
+        labels_BT = take(labels_BT, at_BN)
+    out = model.hidden(tokens, skip=skip, at_BN=at_BN)
+    return score(model, out.y_BTD, labels_BT), out.aux
+
+
+def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: int = 2**24) -> Scores:
     """Scores hidden states against labels (-100: not asked).
 
-    labelled: the most labels that a row has, where labels are sparse: then only those positions are projected to the
-    vocabulary. limit: floats of logits held at once; more positions are taken in turn, recomputed in the backward pass.
+    limit: floats of logits held at once; more positions are taken in turn, recomputed in the backward pass.
     """
-    if labelled is not None and labelled < labels_BT.shape[1]:
-        first = jnp.argsort(labels_BT == ASK_NOTHING, axis=1, stable=True)[:, :labelled]
-        hidden_BTD = jnp.take_along_axis(hidden_BTD, first[..., None], 1)
-        labels_BT = jnp.take_along_axis(labels_BT, first, 1)
     B, T, D = hidden_BTD.shape
 
     def part(hidden_BTD: Array, labels_BT: Array) -> Scores:

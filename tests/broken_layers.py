@@ -320,3 +320,18 @@ class ForgetsItsFanIn(HealthyLayer):
         super().__init__(config, D, rngs=rngs)
         self.value = Einsum("BTD,DHV->BTHV", D=D, H=H, V=K, scale=D**0.5, rngs=rngs)
         self.out = Einsum("BTHV,HVD->BTD", H=H, V=K, D=D, scale=(H * K) ** 0.5, rngs=rngs, residual=True)
+
+
+@fails("a_place_reads_as_in_the_whole")
+class ReadsTheNextPlace(HealthyLayer):
+    """Right as a whole; asked at places, it answers for the token after each."""
+
+    def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
+        return super().read(x_BTD, tokens, jnp.minimum(at_BN + 1, x_BTD.shape[1] - 1))
+
+
+@fails("a_place_reads_as_in_the_whole")
+class SaysItIsPointwise(HealthyLayer):
+    """A memory that claims to read each token by itself."""
+
+    pointwise = True

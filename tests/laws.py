@@ -45,7 +45,7 @@ from reading import (
     tokens,
 )
 
-from layers.layer import LayerConfig, Tokens
+from layers.layer import Layer, LayerConfig, Tokens
 
 LONG = 4096
 
@@ -328,6 +328,37 @@ def implementations_agree(config: LayerConfig) -> None:
         }
     for name in ("chunked", config.implementation):
         same_tree(results[name], results["naive"], f"{name} against naive")
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def pull_at(
+    layer: Any, x_BTD: jax.Array, said: Tokens, at_BN: jax.Array, dy_BND: jax.Array
+) -> tuple[jax.Array, Any, jax.Array]:
+    """`pull` of the places at_BN alone."""
+    y_BND, back = jax.vjp(lambda layer, x: layer.read(x, said, at_BN).y_BTD, layer, x_BTD)
+    return y_BND, *back(dy_BND)
+
+
+@law
+@double
+def a_place_reads_as_in_the_whole(config: LayerConfig) -> None:
+    """Asked at a few places, in any order: y and gradients of the whole. A pointwise layer needs no other token."""
+    layer, T = copy(stack(config)), length(config)
+    if type(layer).read is Layer.read and not layer.pointwise:
+        return  # the whole itself, gathered
+    said, x_BTD = tokens(scene(config)), stream(T)
+    rows, at_BN = np.arange(B)[:, None], np.stack([np.random.default_rng(row).permutation(T)[:7] for row in range(B)])
+    dy_BND, dy_BTD = stream(7, 1), np.zeros_like(x_BTD)
+    dy_BND[said.pos_BT[rows, at_BN] < 0] = 0  # what stands at padding is nobody's business
+    dy_BTD[rows, at_BN] = dy_BND
+    y_BTD, d_layer, dx_BTD = pull(layer, x_BTD, said, dy_BTD)
+    want, live = np.asarray(y_BTD)[rows, at_BN], dy_BND.any(-1)
+    y_BND, *slopes_at = pull_at(layer, x_BTD, said, at_BN, dy_BND)
+    same(np.asarray(y_BND)[live], want[live], "y at places")
+    same_tree(slopes_at, [d_layer, dx_BTD], "gradients at places")
+    if layer.pointwise:
+        few = Said(*(a[rows, at_BN] for a in said))
+        same(np.asarray(pull(layer, x_BTD[rows, at_BN], few, dy_BND)[0])[live], want[live], "y of a few tokens alone")
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)

@@ -16,7 +16,7 @@ from flax import nnx
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
 from layers.mlp import MLP
 from models.lm import LM, Stage
-from models.loss import score
+from models.loss import score, score_tokens
 from models.parameters import Spec, flatten
 
 B, T, W, D = 2, 7, 40, 16
@@ -346,7 +346,7 @@ def cross_entropy(hidden, head, labels):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"limit": B * W * 5}, {"limit": 1}, {"labelled": 3}, {"labelled": 3, "limit": B * W}, {"labelled": 20}],
+    [{}, {"limit": B * W * 5}, {"limit": 1}],
     ids=str,
 )
 def test_cross_entropy_against_numpy(options):
@@ -361,8 +361,7 @@ def test_cross_entropy_against_numpy(options):
 
         return jax.value_and_grad(objective, (0, 1), has_aux=True)(hidden, head)
 
-    every = np.where(np.arange(13) < 3, LABELS, -100) if options.get("labelled") == 3 else LABELS
-    for labels in (every, SPARSE, np.full_like(LABELS, -100)):
+    for labels in (LABELS, SPARSE, np.full_like(LABELS, -100)):
         with x64():
             (total, scores), grads = jax.tree.map(np.asarray, run(hidden, head, labels))
         nll, correct, squared, *expected_grads = cross_entropy(hidden, head, labels)
@@ -374,6 +373,39 @@ def test_cross_entropy_against_numpy(options):
         for found, expected in ((scores.nll, nll), (scores.correct, correct), (scores.squared_log_z, squared)):
             np.testing.assert_allclose(found[asked], expected[labels >= 0], rtol=1e-12)
             assert not found[~asked].any()
+
+
+MIXED, PLAIN = (REPEATED, Stage((Mean(), MLP(F=24), MLP(F=8)))), (REPEATED, ONCE)
+
+
+@pytest.mark.parametrize(
+    ("stages", "options"),
+    [(MIXED, {}), (PLAIN, {}), (PLAIN[:1], {"remat": "block"}), (PLAIN[:1], {"scan_layers": "always"})],
+    ids=["mixer and MLPs", "MLPs alone", "recomputed", "scanned"],
+)
+def test_asking_at_labelled_places_is_asking_everywhere(stages, options):
+    """Scores and gradients of the few labelled places, as of the whole text; with a layer left out as well."""
+    structure, rng = structure_of(dataclasses.replace(CONFIG, stages=stages, **options)), np.random.default_rng(6)
+    params = {name: rng.normal(size=spec.shape) * 0.3 for name, spec in structure.specs.items()}
+    tokens = Tokens(LABELS, np.tile(np.arange(13, dtype=np.int32), (B, 1)))
+
+    def run(params, labelled):
+        scores, aux = score_tokens(structure.module(params), tokens, SPARSE, labelled=labelled, skip=("0.*.0",))
+        return jnp.sum(scores.nll * scores.labels.astype(scores.nll.dtype)), (scores, aux)
+
+    with x64():
+        both = [jax.jit(jax.value_and_grad(lambda p, n=n: run(p, n), has_aux=True))(params) for n in (None, 3)]
+    ((total, (_, aux)), grads), ((few_total, (few, few_aux)), few_grads) = jax.tree.map(np.asarray, both)
+    assert few.nll.shape == (B, 3) and few.asked.sum() == (SPARSE >= 0).sum() and few_aux.keys() == aux.keys()
+    np.testing.assert_allclose(few_total, total, rtol=1e-12)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(few_grads[name], grad, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def test_places_are_not_for_calls_with_a_state():
+    model = CONFIG.build(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="at_BN"):
+        model.hidden(Tokens(*TOKENS), model.init_state(B, T), at_BN=jnp.zeros((B, 1), jnp.int32))
 
 
 def test_all_logits_are_never_held():

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from layers.layer import Tokens
-from models.loss import ASK_NOTHING, score
+from models.loss import ASK_NOTHING, score_tokens
 from models.parameters import Params, Structure
 from training.experiment import Experiment
 
@@ -53,12 +53,11 @@ def train_step(
 
     def objective(params: Params, batch: DeviceBatch, asked: Array) -> tuple[Array, dict[str, Array]]:
         model = structure.module(params)
-        out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT))
-        s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
+        s, aux = score_tokens(model, Tokens(batch.ids_BT, batch.pos_BT), batch.labels_BT, labelled=labelled)
         nll = jnp.sum(s.nll)
         loss = nll / asked + train.z_loss * jnp.sum(s.squared_log_z) / asked
         extra: dict[str, Array] = {}
-        for name, value in out.aux.items():
+        for name, value in aux.items():
             if name.split("/", 1)[1].startswith("loss/"):
                 extra[name] = jnp.sum(value.astype(jnp.float32))  # of a scanned stage: the sum over its repeats
                 loss = loss + extra[name] / train.accumulate
@@ -129,8 +128,7 @@ def eval_step(
 
     def evaluate(params: Params, batch: DeviceBatch) -> dict[str, Array]:
         model = structure.module(params)
-        out = model.hidden(Tokens(batch.ids_BT, batch.pos_BT), skip=skip)
-        s = score(model, out.y_BTD, batch.labels_BT, labelled=labelled)
+        s, _ = score_tokens(model, Tokens(batch.ids_BT, batch.pos_BT), batch.labels_BT, labelled=labelled, skip=skip)
         text = jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked
         sums = {"nll": s.nll, "correct": s.correct, "asked": s.asked, "bytes": text}
         return {name: jnp.sum(value, 0) for name, value in sums.items()}

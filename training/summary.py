@@ -11,7 +11,7 @@ from rich.table import Table
 
 from layers.layer import Tokens
 from models.lm import LanguageModel
-from models.loss import score
+from models.loss import score_tokens
 from models.parameters import Spec, Structure
 from training.experiment import Experiment
 from training.flops import count_flops
@@ -47,7 +47,7 @@ def flops_per_token(experiment: Experiment, structure: Structure, labelled: int 
 
     def forward(params: Any, ids: Any, pos: Any, labels: Any) -> Any:
         model = structure.module(params)
-        return score(model, model.hidden(Tokens(ids, pos)).y_BTD, labels, labelled=labelled).nll
+        return score_tokens(model, Tokens(ids, pos), labels, labelled=labelled)[0].nll
 
     return 3 * count_flops(forward, params, row, row, row) / T
 
