@@ -29,7 +29,7 @@ config = Experiment(
     ),
     data=Text(T=512, B=8),
     optimizer=Muon(lr=4e-3, schedule=Schedule(warmup=100, shape="wsd", final=0.0, decay=0.4)),
-    train=Train(steps=1500, log_every=10, eval_every=250, checkpoint_every=100),
+    train=Train(steps=1000, log_every=10, eval_every=250, checkpoint_every=100),
     parameters=4_950_808,
     sample="import os\n\ndef ",
 )

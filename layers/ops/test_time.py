@@ -1,0 +1,491 @@
+"""Test-time memory: a small network whose weights are the state, trained on (key, value) as the tokens pass.
+
+For each token, with W = retention(A) the weights in use and "anchor" the A at which the token's chunk began:
+
+    U_t = -lr_t · gradient of the attentional bias of memory(retention(anchor); k_t) against v_t
+    S_t = momentum_t S_{t-1} + U_t
+    A_t = keep_t A_{t-1} + apply_t S_t                   y_t = memory(retention(A_t); q_t)
+
+(Titans, arXiv 2501.00663, equations 11-15; Miras, 2504.13173, for the bias and the retention; TTT, 2407.04620, where
+instead A_t = anchor + row_t · (sum of the chunk's U).) A chunk is C tokens of a document, counted from its start: the
+size belongs to the model. With C = 1 this is online gradient descent; with C > 1 all gradients of a chunk are taken at
+its anchor, which is another function, and the one that can be computed in parallel.
+
+"naive" is the definition, token by token. "dual" never forms a token's weights: a gradient is an outer product of what
+a matrix read and the slope at what it answered, so that C tokens cost a few products of C by C (TTT, appendix A,
+generalised to any memory of matrix products, momentum and decay). "materialised" holds the weights of all tokens of a
+chunk: it serves what the dual form cannot, retentions that are not linear and steps that are made orthogonal.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from layers.ops.precision import HIGHEST, wide
+
+Weights = dict[str, Array]  # by name of the matrix: [..., inputs, outputs]; applied from the right
+Lin = Callable[[str, Array], Array]  # (name, x [C, inputs]) -> [C, outputs]: the only way to touch the weights
+Engine = Literal["auto", "naive", "dual", "materialised"]
+Remat = Literal["none", "body", "both"]
+
+
+class Rule(NamedTuple):
+    """What kind of memory: four pure functions on one head, and the grid.
+
+    memory(lin, x [C, K], outer) -> [C, V], with matrices used once each, from the right and without bias; `outer` are
+    parameters that no token changes. slope(y, v, threshold) -> [C, V], the gradient of the bias at the answer.
+    retention: A -> W, by matrix; None for the identity. step: what is made of S before it is applied; None as it is.
+    """
+
+    memory: Callable[[Lin, Array, Any], Array]
+    slope: Callable[[Array, Array, Array | None], Array]
+    retention: Callable[[Array], Array] | None = None
+    step: Callable[[Array], Array] | None = None
+    chunk: int = 16
+    read: Literal["post", "pre"] = "post"  # y_t sees A_t, or A_{t-1}
+    average: bool = False  # TTT: A_t = anchor + row_t · sum of U
+
+
+class Gate(NamedTuple):
+    """Of one matrix, [B, T, H, 1], or [B, T, H, outputs] for a gate on each output channel. Logs are at most 0."""
+
+    lr: Array
+    log_keep: Array | None = None  # None: nothing is forgotten
+    log_momentum: Array | None = None  # None: no momentum
+    apply: Array | None = None  # [B, T, H, 1]; None: 1
+
+
+class State(NamedTuple):
+    """[B, H, inputs, outputs] each. anchor is None where C is 1; momentum where the rule has none."""
+
+    weights: Weights
+    momentum: Weights | None
+    anchor: Weights | None
+
+
+def test_time_memory(
+    rule: Rule,
+    q_BTHK: Array,
+    k_BTHK: Array,
+    v_BTHV: Array,
+    gates: dict[str, Gate],
+    start: tuple[Weights, Weights | None],
+    outer: Any = (),
+    *,
+    threshold: Array | None = None,
+    row: Array | None = None,
+    state: State | None = None,
+    pos: Array | None = None,
+    implementation: Engine = "auto",
+    remat: Remat = "both",
+    wanted: bool = True,
+) -> tuple[Array, State | None]:
+    """Returns (y_BTHV in the dtype of v, the state after the last token, float32 or float64).
+
+    gates: for each matrix. start: weights and momentum (None: zeros) with which a document begins, [H, inputs, outputs]
+    each; `outer`: leaves [H, ...]. threshold: [B, T, H, 1], for biases that have one. row: [H, C], for `average`.
+    state: None for the start. pos: int [B, T] as in layers.layer.Tokens; None for a document from its start.
+    remat: what the backward pass recomputes: nothing, each chunk, or groups of chunks as well (memory of about twice
+    the square root of the number of chunks, instead of all). wanted: whether the state is; where it is not (None comes
+    back) and none came, no anchor is carried.
+    """
+    if implementation not in ("auto", "naive", "dual", "materialised"):
+        raise ValueError(f"implementation {implementation!r}: choose naive, dual, materialised or auto")
+    if implementation == "dual" and (rule.retention is not None or rule.step is not None):
+        raise ValueError("the dual form serves linear retentions and steps only: choose materialised or auto")
+    if len({gate.log_momentum is None for gate in gates.values()}) > 1:
+        raise ValueError("either all matrices have momentum or none has")
+    if rule.average != (row is not None):
+        raise ValueError("`row` is for rules that average, and they need it")
+    B, T, H, _ = q_BTHK.shape
+    dtype = wide(q_BTHK, v_BTHV)
+    xs = Token(q_BTHK, k_BTHK, v_BTHV, gates, threshold)
+    xs, start, outer, row = jax.tree.map(lambda x: x.astype(dtype), (xs, start, outer, row))
+    begin = _begin(rule, start, gates)
+    loose = state is None and not wanted  # every chunk begins with its anchor: A is enough
+    if state is None:
+        state = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (B, *x.shape)), begin)
+    state = jax.tree.map(lambda x: x.astype(dtype), state)
+    known = pos is None
+    pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)) if pos is None else pos
+    valid_BT11 = (pos >= 0)[:, :, None, None]
+    xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
+
+    C = rule.chunk
+    most, least = T + 1, 2 * -(-T // C) + 8  # chunks, should every token start a document; and what is usual
+    if implementation == "naive" or (implementation == "auto" and T == 1):
+        y, state = _naive(rule, xs, begin, outer, row, state, pos)
+    else:
+        materialised = implementation == "materialised" or rule.retention is not None or rule.step is not None
+        piece = _materialised if materialised else _dual
+        run = functools.partial(_chunked, rule, piece, loose, remat)
+        if known:
+            y, state = run(-(-T // C), xs, begin, outer, row, state, pos)
+        elif most <= least:
+            y, state = run(most, xs, begin, outer, row, state, pos)
+        else:
+            y, state = jax.lax.cond(
+                jnp.max(_places(pos, C)[0]) < least,
+                functools.partial(run, least),
+                functools.partial(_naive, rule),
+                *(xs, begin, outer, row, state, pos),
+            )
+    return y.astype(v_BTHV.dtype), state if wanted else None
+
+
+class Token(NamedTuple):
+    """What is read at a token; time is axis 1, or axis 0 of the C tokens of one head's chunk."""
+
+    q: Array
+    k: Array
+    v: Array
+    gates: dict[str, Any]  # Gate as it comes, Open inside
+    threshold: Array | None
+
+
+class Open(NamedTuple):
+    """A Gate that says all but momentum, shut at padding; [B, T, H, .], or [C, .] of one head's chunk."""
+
+    lr: Array
+    log_keep: Array | None
+    log_momentum: Array | None
+    apply: Array
+
+
+def _open(gate: Gate, valid_BT11: Array) -> Open:
+    apply = jnp.ones_like(gate.lr[..., :1]) if gate.apply is None else gate.apply
+    gates = gate.lr, gate.log_keep, gate.log_momentum, apply
+    return Open(*(None if x is None else jnp.where(valid_BT11, x, 0) for x in gates))  # type: ignore[arg-type]
+
+
+def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, Gate]) -> State:
+    """The state in which a document begins, without the axis B."""
+    weights, momentum = start
+    if momentum is None and (rule.average or any(gate.log_momentum is not None for gate in gates.values())):
+        momentum = jax.tree.map(jnp.zeros_like, weights)
+    return State(weights, momentum, None if rule.chunk == 1 else weights)
+
+
+def _heads(function: Callable, batched: tuple[bool, ...]) -> Callable:
+    """`function` of one head over B and H; arguments that are not batched have H only."""
+    over_H = jax.vmap(function)
+    return jax.vmap(over_H, in_axes=tuple(0 if b else None for b in batched))
+
+
+def _where(mask_B: Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(mask_B.reshape((-1,) + (1,) * (b.ndim - 1)), a, b), a, b)
+
+
+def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: Array) -> State:
+    """What happens before the first token of a chunk."""
+    if state.anchor is None:
+        begin = begin._replace(anchor=None)
+    A, S, anchor = _where(starts_B, jax.tree.map(lambda x: x[None], begin), state)
+    if rule.average:
+        S = _where(boundary_B, jax.tree.map(jnp.zeros_like, S), S)
+    return State(A, S, None if anchor is None else _where(boundary_B, A, anchor))
+
+
+def _retained(rule: Rule, A: Weights) -> Weights:
+    return A if rule.retention is None else {name: rule.retention(a) for name, a in A.items()}
+
+
+def _plain(W: Weights) -> Lin:
+    return lambda name, x: jnp.matmul(x, W[name], precision=HIGHEST)
+
+
+def _pull(rule: Rule, W: Weights, k: Array, v: Array, threshold: Array | None, outer: Any) -> Weights:
+    """The gradient of the bias in the weights, for the tokens given."""
+    y, back = jax.vjp(lambda W: rule.memory(_plain(W), k, outer), W)
+    return back(rule.slope(y, v, threshold))[0]
+
+
+def _naive(
+    rule: Rule, xs: Token, begin: State, outer: Any, row: Array | None, state: State, pos: Array
+) -> tuple[Array, State]:
+    """The definition."""
+    C = rule.chunk
+
+    def token(state: State, x: Token, row_1: Array | None, outer: Any) -> tuple[State, Array]:
+        one = jax.tree.map(lambda a: a[None], x)
+        A, S = state.weights, state.momentum
+        anchor = A if state.anchor is None else state.anchor
+        slopes = _pull(rule, _retained(rule, anchor), one.k, one.v, one.threshold, outer)
+        new_A, new_S = {}, {}
+        for name, gate in one.gates.items():
+            step = -gate.lr * slopes[name]
+            if S is not None:
+                held = S[name] if gate.log_momentum is None else jnp.exp(gate.log_momentum) * S[name]
+                step = new_S[name] = held + step
+            if rule.average:
+                new_A[name] = jnp.where(gate.apply > 0, anchor[name] + row_1 * step, A[name])
+                continue
+            step = step if rule.step is None else rule.step(step)
+            kept = A[name] if gate.log_keep is None else jnp.exp(gate.log_keep) * A[name]
+            new_A[name] = kept + gate.apply * step
+        seen = A if rule.read == "pre" else new_A
+        y = rule.memory(_plain(_retained(rule, seen)), one.q, outer)[0]
+        return State(new_A, None if S is None else new_S, state.anchor), y
+
+    every = _heads(token, (True, True, False, False) if row is None else (True, True, True, False))
+
+    def step(state: State, timed: tuple[Token, Array]) -> tuple[State, Array]:
+        x, pos_B = timed
+        state = _turn(rule, state, begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
+        row_BH = None if row is None else row.T[jnp.maximum(pos_B, 0) % C]
+        return every(state, x, row_BH, outer)
+
+    T = pos.shape[1]
+    group = math.isqrt(T) if T > 16 else 1
+    rest = -T % group
+    xs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)), xs)
+    pos = jnp.pad(pos, ((0, 0), (0, rest)), constant_values=-1)
+    state, y = _scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (xs, pos)), group)
+    return jnp.moveaxis(y, 0, 1)[:, :T], state
+
+
+def _scan(body: Callable, state: State, xs: Any, group: int) -> tuple[State, Array]:
+    """A scan of which the backward pass keeps the state of each group only, and recomputes the group from it."""
+    if group == 1:
+        return jax.lax.scan(body, state, xs)
+    xs = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), xs)
+    state, y = jax.lax.scan(jax.checkpoint(lambda s, x: jax.lax.scan(body, s, x), prevent_cse=False), state, xs)
+    return state, y.reshape(-1, *y.shape[2:])
+
+
+def _places(pos: Array, C: int) -> tuple[Array, Array]:
+    """The chunk of each token, counted in its row, and the chunk and slot as one number; pos [B, T], both [B, T].
+
+    A row that goes on within a chunk has that as its chunk 0; so has one that begins with a new one.
+    """
+    valid = pos >= 0
+    count = jnp.cumsum(valid & (pos % C == 0), 1, dtype=jnp.int32)
+    goes_on = jnp.any(valid & (count == 0), 1, keepdims=True)
+    chunk = count - jnp.where(goes_on, 0, 1)
+    return jnp.where(valid, chunk, 0), chunk * C + pos % C
+
+
+def _chunked(
+    rule: Rule,
+    piece: Callable,
+    loose: bool,
+    remat: Remat,
+    N: int,
+    xs: Token,
+    begin: State,
+    outer: Any,
+    row: Array | None,
+    state: State,
+    pos: Array,
+) -> tuple[Array, State]:
+    """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
+    C, (B, T) = rule.chunk, pos.shape
+    chunk_BT, place_BT = _places(pos, C)
+    group = math.isqrt(N) if remat == "both" else 1
+    N = -(-N // group) * group
+    place_BT = jnp.where(pos >= 0, place_BT, N * C)
+    token_BP = jnp.full((B, N * C), T, jnp.int32)
+    token_BP = token_BP.at[jnp.arange(B)[:, None], place_BT].set(jnp.arange(T, dtype=jnp.int32)[None], mode="drop")
+
+    def lay(x: Array) -> Array:
+        """[B, T, ...] -> [N, B, C, ...], zeros where there is no token: there no gate is open."""
+        x = jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.take_along_axis(x, token_BP.reshape(token_BP.shape + (1,) * (x.ndim - 2)), 1)
+        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
+
+    chunks = jax.tree.map(lambda x: jnp.swapaxes(lay(x), 2, 3), xs)  # [N, B, H, C, ...]
+    valid_NBC = lay(pos >= 0)
+    starts_NB = jnp.any(lay(pos == 0), -1)
+    boundary_NB = jnp.any(lay((pos >= 0) & (pos % C == 0)), -1)
+    if loose:
+        state = state._replace(anchor=None)
+
+    every = _heads(functools.partial(piece, rule), (True, True, False, False))
+
+    def body(state: State, x: Any) -> tuple[State, Array]:
+        x, valid_BC, starts_B, boundary_B = x
+
+        def learn(state: State) -> tuple[State, Array]:
+            return every(_turn(rule, state, begin, starts_B, boundary_B), x, row, outer)
+
+        def rest(state: State) -> tuple[State, Array]:
+            return state, jnp.zeros_like(x.v)
+
+        return jax.lax.cond(jnp.any(valid_BC), learn, rest, state)
+
+    inputs = (chunks, valid_NBC, starts_NB, boundary_NB)
+    if remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False)
+    state, y = _scan(body, state, inputs, group)
+    if begin.anchor is not None and state.anchor is None:
+        state = state._replace(anchor=state.weights)  # for the form; it is not wanted
+    y_BPHV = jnp.moveaxis(y, (0, 3), (1, 2)).reshape(B, N * C, *y.shape[2:3], y.shape[-1])
+    y_BPHV = jnp.pad(y_BPHV, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return jnp.take_along_axis(y_BPHV, place_BT[:, :, None, None], 1), state
+
+
+def _still(rule: Rule, x: Token, new: Weights, old: Weights) -> Weights:
+    """A chunk without tokens leaves A alone, which the table of an average does not say."""
+    if not rule.average:
+        return new
+    return {name: jnp.where(jnp.any(x.gates[name].apply > 0), new[name], old[name]) for name in new}
+
+
+class Table(NamedTuple):
+    """How the A of each token, and A and S at the end, are made of A_0, S_0 and the U of the chunk; g is 1 or outputs.
+
+    A_t = own_t A_0 + past_t S_0 + sum_i mix_ti U_i
+    """
+
+    own: Array  # [C, g]
+    past: Array | None
+    mix: Array  # [C, C, g]
+    end: tuple[Array, Array | None, Array]  # the same of the last A
+    momentum: tuple[Array, Array] | None  # and of the last S: of S_0 [g], of each U [C, g]
+
+
+def _fade(log: Array) -> tuple[Array, Array]:
+    """[C, g] -> product up to each token [C, g], and between tokens [t, j, g]: after j up to t, for j <= t, else 0."""
+    C = log.shape[0]
+    tril = jnp.tril(jnp.ones((C, C), log.dtype))
+    total = jnp.matmul(tril, log, precision=HIGHEST)
+    gap = total[:, None] - total[None]
+    return jnp.exp(total), jnp.exp(jnp.where(tril[..., None] > 0, gap, -jnp.inf))
+
+
+def _table(rule: Rule, gate: Open) -> Table:
+    apply, ones = gate.apply, jnp.ones_like(gate.lr[:, :1])
+    own, kept = _fade(jnp.zeros_like(ones) if gate.log_keep is None else gate.log_keep)
+    mix, past, momentum = kept * apply[None], None, None
+    if gate.log_momentum is not None:
+        held, holds = _fade(gate.log_momentum)
+        past = jnp.einsum("tlg,lg->tg", *_same(mix, held), precision=HIGHEST)
+        momentum = held[-1:], holds[-1]
+        mix = jnp.einsum("tlg,lig->tig", *_same(mix, holds), precision=HIGHEST)
+    end = own[-1:], None if past is None else past[-1:], mix[-1]
+    if rule.read == "pre":
+        own = jnp.concatenate([jnp.ones_like(own[:1]), own[:-1]])
+        mix = jnp.concatenate([jnp.zeros_like(mix[:1]), mix[:-1]])
+        past = None if past is None else jnp.concatenate([jnp.zeros_like(past[:1]), past[:-1]])
+    return Table(own, past, mix, end, momentum)
+
+
+def _same(a: Array, b: Array) -> tuple[Array, Array]:
+    g = max(a.shape[-1], b.shape[-1])
+    return jnp.broadcast_to(a, (*a.shape[:-1], g)), jnp.broadcast_to(b, (*b.shape[:-1], g))
+
+
+def _average(rule: Rule, gate: Open, row_C: Array) -> Table:
+    """TTT's: A_t = anchor + row_t (S_0 + sum of U up to t); slots may be empty, and the last A is the last token's."""
+    C = row_C.shape[0]
+    filled = gate.apply > 0  # [C, 1]
+    last = jnp.max(jnp.where(filled[:, 0], jnp.arange(C), -1))
+    tril = jnp.tril(jnp.ones((C, C), row_C.dtype), 0 if rule.read == "post" else -1)[..., None]
+    one, row = jnp.ones((C, 1), row_C.dtype), row_C[:, None]
+    if rule.read == "pre":
+        row = jnp.concatenate([jnp.zeros_like(row[:1]), row[:-1]])
+    end_row = row_C[jnp.maximum(last, 0)][None, None]
+    end = one[:1], end_row, end_row * one  # for a chunk without tokens: see _still
+    return Table(one, row, row[:, None] * tril, end, (one[:1], one))
+
+
+def _tables(rule: Rule, x: Token, row: Array | None) -> dict[str, Table]:
+    if row is not None:
+        return {name: _average(rule, gate, row) for name, gate in x.gates.items()}
+    return {name: _table(rule, gate) for name, gate in x.gates.items()}
+
+
+def _dual(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
+    """A chunk of one head; the weights of its tokens are never formed."""
+    A, S = state.weights, state.momentum
+    anchor = A if state.anchor is None else state.anchor
+    base = anchor if rule.average else A
+    tables = _tables(rule, x, row)
+    C = x.k.shape[0]
+
+    def tapped(bump: Weights) -> tuple[Array, Weights]:
+        """The memory at the anchor, with room to push what each matrix answers; also what each one read."""
+        seen: Weights = {}
+
+        def lin(name: str, z: Array) -> Array:
+            seen[name] = z
+            return jnp.matmul(z, anchor[name], precision=HIGHEST) + bump[name]
+
+        return rule.memory(lin, x.k, outer), seen
+
+    still = {name: jnp.zeros((C, a.shape[-1]), a.dtype) for name, a in anchor.items()}
+    answer, back, seen = jax.vjp(tapped, still, has_aux=True)
+    pushed = back(rule.slope(answer, x.v, x.threshold))[0]
+    pushed = {
+        name: -x.gates[name].lr * slope for name, slope in pushed.items()
+    }  # [C, outputs]: U_i is seen_i pushed_i^T
+
+    def lin(name: str, z: Array) -> Array:
+        t = tables[name]
+        y = t.own * jnp.matmul(z, base[name], precision=HIGHEST)
+        if t.past is not None and S is not None:
+            y += t.past * jnp.matmul(z, S[name], precision=HIGHEST)
+        match = jnp.matmul(z, seen[name].T, precision=HIGHEST)
+        if t.mix.shape[-1] == 1:
+            return y + jnp.matmul(t.mix[..., 0] * match, pushed[name], precision=HIGHEST)
+        return y + jnp.einsum("tio,ti,io->to", t.mix, match, pushed[name], precision=HIGHEST)
+
+    y = rule.memory(lin, x.q, outer)
+    new_A, new_S = {}, {}
+    for name, t in tables.items():
+        own, past, mix = t.end
+        new_A[name] = own * base[name] + jnp.matmul(seen[name].T, mix * pushed[name], precision=HIGHEST)
+        if S is not None:
+            new_S[name] = jnp.matmul(seen[name].T, pushed[name], precision=HIGHEST)
+            if past is not None:
+                new_A[name] += past * S[name]
+            if t.momentum is not None:
+                held, holds = t.momentum
+                new_S[name] = held * S[name] + jnp.matmul(seen[name].T, holds * pushed[name], precision=HIGHEST)
+    return State(_still(rule, x, new_A, A), None if S is None else new_S, state.anchor), y
+
+
+def _materialised(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
+    """A chunk of one head, with the weights of all of its tokens."""
+    A, S = state.weights, state.momentum
+    anchor = A if state.anchor is None else state.anchor
+    base = anchor if rule.average else A
+    W = _retained(rule, anchor)
+
+    def one(x: Token) -> Weights:
+        x = jax.tree.map(lambda a: a[None], x)
+        return _pull(rule, W, x.k, x.v, x.threshold, outer)
+
+    slopes = jax.vmap(one)(x)
+    tables = _tables(rule, x, row)
+    new_A, new_S, seen = {}, {}, {}
+    for name, t in tables.items():
+        gate = x.gates[name]
+        U = -gate.lr[:, None, :] * slopes[name]
+        if rule.step is not None:
+            if gate.log_momentum is not None and S is not None:
+                held, holds = _fade(gate.log_momentum)
+                every = held[:, None] * S[name][None] + jnp.einsum("tio,iao->tao", *_same(holds, U), precision=HIGHEST)
+                new_S[name] = every[-1]
+            else:
+                every = U
+            t = _table(rule, gate._replace(log_momentum=None))
+            U = jax.vmap(rule.step)(every)
+        elif S is not None and t.momentum is not None:
+            held, holds = t.momentum
+            new_S[name] = held * S[name] + jnp.einsum("io,iao->ao", *_same(holds, U), precision=HIGHEST)
+        own, past, mix = t.end
+        seen[name] = t.own[:, None] * base[name][None] + jnp.einsum("tio,iao->tao", *_same(t.mix, U), precision=HIGHEST)
+        new_A[name] = own * base[name] + jnp.einsum("io,iao->ao", *_same(mix, U), precision=HIGHEST)
+        if past is not None and S is not None:
+            new_A[name] += past * S[name]
+        if t.past is not None and S is not None:
+            seen[name] += t.past[:, None] * S[name][None]
+
+    y = jax.vmap(lambda A, q: rule.memory(_plain(_retained(rule, A)), q[None], outer)[0])(seen, x.q)
+    return State(_still(rule, x, new_A, A), None if S is None else new_S, state.anchor), y

@@ -1,0 +1,294 @@
+"""Test-time memory, any kind: a small network in each head that learns to answer keys with values as tokens pass.
+
+Four choices make one (Miras, arXiv 2504.13173): the network, the loss it descends, what it retains, and how a step is
+taken. Titans (2501.00663) and the rest of the family are names for some of them (layers/titans.py, layers/miras.py);
+a new one is a line in a config. docs/test_time_memory.md explains the chunk.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from layers.conv import ShortConvs, Tails, check_taps
+from layers.heads import head_size
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.norm import RMSNorm, l2_norm
+from layers.ops import fast_weights as fw
+from layers.ops.precision import wide
+from layers.ops.test_time import Engine, Gate, Remat, Rule, State, Weights, test_time_memory
+
+KEEP = 5.0  # logit of keep at the start: 0.7% is forgotten at a token
+
+
+class Unstable(UserWarning):
+    """A chunk's steps add up to more than a repeated key bears."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TestTimeMemory(LayerConfig):
+    """y = RMSNorm(memory(q)) ∘ silu(x W_gate), through W_out; the memory's weights are the state.
+
+    H: heads, each with a network. K: width of a head, for keys, queries and values alike; None = D / H.
+    memory: "mlp" of `depth` matrices (1: linear) of hidden width F (None = 4 K), or "swiglu".
+    norm: the memory answers x + LayerNorm(network(x)) instead of network(x).
+    loss: "l2", "dot", "huber_norm", "huber_coord", "huber_mix" (their threshold is read from the token) or "lp".
+    power: p of "lp".
+    retention: "decay" (the weights themselves fade), or a map from what fades to the weights: "kl", "bounded" (both
+        with `scale`), "lq_printed", "lq_mirror" (with `power_q`) or "elastic" (with `scale`).
+    momentum, keep: whether steps have momentum, and whether weights fade; both are read from the token.
+    step: "plain", or "orthogonal": what is applied is S with its singular values set to about 1.
+    gates: one "matrix" each, one a "head", or one for each "output" channel of each matrix (of rank `rank`).
+    chunk: tokens whose gradients are taken at the weights with which their chunk began. It belongs to the model: train
+        and serve with the same. 1 is online gradient descent, exactly; more is another function, and many times faster.
+    lr_max, momentum_max: bounds of the gates. lr_max None: the largest that a key repeated through a chunk bears,
+        2 (1 - momentum_max) / chunk, and at most 1.
+    read: the memory answers after ("post") or before ("pre") the token is learned.
+    persistent: learned tokens that each document's memory has read before its first token.
+    conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
+    implementation, remat: as in layers.ops.test_time.
+
+    Where the papers are silent: gates are sigmoids, of a logit that starts at 0, for keep at 5; the initial weights are
+    learned, from N(0, 1 / inputs); convolution, then SiLU, then unit queries and keys.
+    """
+
+    H: int = 4
+    K: int | None = None
+    F: int | None = None
+    memory: Literal["mlp", "swiglu"] = "mlp"
+    depth: int = 2
+    norm: bool = True
+    loss: Literal["l2", "dot", "huber_norm", "huber_coord", "huber_mix", "lp"] = "l2"
+    power: float = 3.0
+    retention: Literal["decay", "kl", "bounded", "lq_printed", "lq_mirror", "elastic"] = "decay"
+    power_q: float = 4.0
+    scale: float = 1.0
+    momentum: bool = True
+    keep: bool = True
+    step: Literal["plain", "orthogonal"] = "plain"
+    gates: Literal["matrix", "head", "output"] = "matrix"
+    rank: int = 32
+    chunk: int = 16
+    lr_max: float | None = None
+    momentum_max: float = 0.9
+    read: Literal["post", "pre"] = "post"
+    persistent: int = 0
+    conv: int = 4
+    gate: bool = True
+    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    remat: Remat = "both"
+
+    def __post_init__(self):
+        positive(self, "H", "K", "F", "depth", "rank", "chunk")
+        check_taps(self)
+        name = type(self).__name__
+        for field, kind in typed(type(self)).items():
+            if getattr(self, field) not in kind:
+                raise ValueError(f"{name}.{field} is {getattr(self, field)!r}: it must be one of {', '.join(kind)}")
+        if self.persistent < 0:
+            raise ValueError(f"{name}.persistent is {self.persistent}: it must be at least 0")
+        if not 0 < self.momentum_max < 1:
+            raise ValueError(f"{name}.momentum_max is {self.momentum_max}: it must lie between 0 and 1")
+        if self.lr_max is not None and self.lr_max <= 0:
+            raise ValueError(f"{name}.lr_max is {self.lr_max}: it must be above 0")
+        load = self.chunk * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
+        if load > 2 * (1 + 1e-9) and self.chunk > 1 and not self.norm:
+            warnings.warn(
+                f"{name}: chunk · lr_max / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a chunk "
+                f"makes the memory diverge. Lower lr_max ({2 * self.largest_step / load:.3g} is safe), or the chunk.",
+                Unstable,
+                stacklevel=3,
+            )
+
+    @property
+    def largest_step(self) -> float:
+        if self.lr_max is not None:
+            return self.lr_max
+        return min(1.0, 2 * (1 - (self.momentum_max if self.momentum else 0)) / self.chunk)
+
+    def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
+        return TestTimeLayer(self, D, rngs=rngs)
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return (
+            cls(H=2, K=8, F=12, memory="swiglu", norm=False, chunk=4, gates="output", rank=4, persistent=3),
+            cls(H=2, K=8, depth=1, retention="bounded", loss="huber_norm", chunk=4, read="pre", conv=0),
+        )
+
+
+def typed(cls: type) -> dict[str, tuple[str, ...]]:
+    """The fields that take one of a few words, with the words."""
+    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
+    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
+
+
+class TestTimeState(NamedTuple):
+    """weights, momentum, anchor (what the chunk began with): by matrix, [B, H, inputs, outputs] float32."""
+
+    weights: Weights
+    momentum: Weights | None
+    anchor: Weights | None
+    tails: Tails
+
+
+class TestTimeLayer(Layer):
+    def __init__(self, config: TestTimeMemory, D: int, *, rngs: nnx.Rngs):
+        c, H, K = config, config.H, head_size(config, "K", D)
+        self.config, self.K = config, K
+        self.sizes = fw.sizes(c.memory, K, K, c.F or 4 * K, c.depth)
+        linear = functools.partial(Einsum, D=D, H=H, K=K, V=K, rngs=rngs)
+        self.query = linear("BTD,DHK->BTHK")
+        self.key = linear("BTD,DHK->BTHK")
+        self.value = linear("BTD,DHV->BTHV")
+        self.convs = ShortConvs("HK", "HK", "HV", taps=c.conv, activation=jax.nn.silu, H=H, K=K, V=K, rngs=rngs)
+        self.widths = {"head": [1], "matrix": [1] * len(self.sizes), "output": [b for _, b in self.sizes.values()]}[
+            c.gates
+        ]
+        M, low = sum(self.widths), c.gates == "output"
+        self.narrow = Einsum("BTD,DR->BTR", D=D, R=c.rank, rngs=rngs) if low else None
+        gate = functools.partial(
+            Einsum, "BTR,RHM->BTHM" if low else "BTD,DHM->BTHM", D=D, R=c.rank, H=H, M=M, bias=True, rngs=rngs
+        )
+        self.lr = gate()
+        self.keep = gate() if c.keep else None
+        self.momentum = gate() if c.momentum else None
+        self.threshold = Einsum("BTD,DH->BTH", D=D, H=H, bias=True, rngs=rngs) if c.loss.startswith("huber") else None
+        self.start = nnx.Dict(
+            {
+                name: nnx.Param(
+                    jax.random.normal(rngs.params(), [H, a, b], jnp.float32) * (1 if c.retention == "kl" else a**-0.5),
+                    axes="HKF" if name in ("w0", "gate", "up") else "HFV",
+                    decay=False,
+                )
+                for name, (a, b) in self.sizes.items()
+            }
+        )
+        self.outer = nnx.Dict(
+            {
+                "scale": nnx.Param(jnp.ones([H, K], jnp.float32), axes="HV", decay=False),
+                "shift": nnx.Param(jnp.zeros([H, K], jnp.float32), axes="HV", decay=False),
+            }
+            if c.norm
+            else {}
+        )
+        P = c.persistent
+        self.persistent = nnx.Param(jax.random.normal(rngs.params(), [P, D], jnp.float32), axes="SD") if P else None
+        self.gate = linear("BTD,DHV->BTHV") if c.gate else None
+        self.norm = RMSNorm(K, axes="V")
+        self.out = linear("BTHV,HVD->BTD", residual=True)
+        self.rule = rule_of(config)
+
+    def init_state(self, B: int, T: int) -> TestTimeState:
+        """The memory with which a document starts."""
+        weights, momentum = self._start(jnp.dtype(jnp.float32))
+        weights, momentum = jax.tree.map(
+            lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), (weights, momentum)
+        )
+        anchor = None if self.config.chunk == 1 else weights
+        return TestTimeState(weights, momentum, anchor, self.convs.init_tails(B))
+
+    def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
+        memory = None if state is None else State(*state[:3])
+        y, after, tails, said = self._learn(
+            x_BTD, tokens.pos_BT, memory, None if state is None else state.tails, self._start(wide(x_BTD))
+        )
+        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
+        new = None
+        if state is not None and after is not None:
+            kept = jax.tree.map(lambda new, old: new.astype(old.dtype), after, memory)
+            new = TestTimeState(kept.weights, kept.momentum, kept.anchor, tails)
+        return Out(self.out(y), new, said)
+
+    def _start(self, dtype: jnp.dtype) -> tuple[Weights, Weights | None]:
+        """Weights and momentum at a document's start: the initial ones, after the persistent tokens."""
+        weights = {name: w[...].astype(dtype) for name, w in self.start.items()}
+        momentum = jax.tree.map(jnp.zeros_like, weights) if self.config.momentum else None
+        if self.persistent is None:
+            return weights, momentum
+        x_BTD = self.persistent[...].astype(dtype)[None]
+        _, after, _, _ = self._learn(x_BTD, jnp.arange(x_BTD.shape[1])[None], None, None, (weights, momentum), True)
+        assert after is not None
+        return jax.tree.map(lambda w: w[0], (after.weights, after.momentum))
+
+    def _learn(
+        self,
+        x_BTD: Array,
+        pos: Array,
+        memory: State | None,
+        tails: Tails | None,
+        start: tuple[Weights, Weights | None],
+        wanted: bool = False,
+    ) -> tuple[Array, State | None, Tails, dict[str, Array]]:
+        c = self.config
+        (q, k, v), tails = self.convs((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), pos, tails)
+        dtype = wide(x_BTD)
+        low = x_BTD if self.narrow is None else self.narrow(x_BTD)
+        lr = c.largest_step * jax.nn.sigmoid(self.lr(low).astype(dtype))
+        keep = None if self.keep is None else jax.nn.log_sigmoid(self.keep(low).astype(dtype) + KEEP)
+        momentum = None
+        if self.momentum is not None:
+            momentum = jax.nn.log_sigmoid(self.momentum(low).astype(dtype)) + math.log(c.momentum_max)
+        threshold = None
+        if self.threshold is not None:
+            threshold = jax.nn.softplus(self.threshold(x_BTD).astype(dtype))[..., None]
+        outer = {name: p[...].astype(dtype) for name, p in self.outer.items()}
+        y, after = test_time_memory(
+            self.rule,
+            l2_norm(q),
+            l2_norm(k),
+            v,
+            self._gates(lr, keep, momentum),
+            start,
+            outer,
+            threshold=threshold,
+            state=memory,
+            pos=pos,
+            implementation=self._engine(),
+            remat=c.remat,
+            wanted=wanted or memory is not None,
+        )
+        said = {"lr": lr, "keep": None if keep is None else jnp.exp(keep)}
+        said |= {"momentum": None if momentum is None else jnp.exp(momentum)}
+        return y, after, tails, {n: jnp.mean(a).astype(jnp.float32) for n, a in said.items() if a is not None}
+
+    def _gates(self, lr: Array, keep: Array | None, momentum: Array | None) -> dict[str, Gate]:
+        """[B, T, H, M] each -> by matrix."""
+        gates, at = {}, 0
+        widths = self.widths * len(self.sizes) if self.config.gates == "head" else self.widths
+        for name, width in zip(self.sizes, widths, strict=True):
+            part = slice(at, at + width)
+            keep_, momentum_ = (None if a is None else a[..., part] for a in (keep, momentum))
+            gates[name] = Gate(lr[..., part], keep_, momentum_)
+            at += 0 if self.config.gates == "head" else width
+        return gates
+
+    def _engine(self) -> Engine:
+        if self.config.implementation != "chunked":
+            return self.config.implementation
+        return "dual" if self.rule.retention is None and self.rule.step is None else "materialised"
+
+
+def rule_of(config: TestTimeMemory) -> Rule:
+    """What the words of a config stand for."""
+    c = config
+    slopes: dict[str, Any] = {"lp": functools.partial(fw.lp, c.power)} | {
+        name: getattr(fw, name) for name in ("l2", "dot", "huber_norm", "huber_coord", "huber_mix")
+    }
+    retentions = {
+        "decay": None,
+        "kl": functools.partial(fw.kl, c.scale),
+        "bounded": functools.partial(fw.bounded, c.scale),
+        "lq_printed": functools.partial(fw.lq_printed, c.power_q),
+        "lq_mirror": functools.partial(fw.lq_mirror, c.power_q),
+        "elastic": functools.partial(fw.elastic, c.scale),
+    }
+    step = fw.newton_schulz if c.step == "orthogonal" else None
+    network = fw.network(c.memory, c.depth)
+    return Rule(network, slopes[c.loss], retentions[c.retention], step, c.chunk, c.read)
