@@ -12,8 +12,9 @@ def discover() -> tuple[type[LayerConfig], ...]:
         if not module.ispkg:
             importlib.import_module(f"{__name__}.{module.name}")
 
-    def leaves(cls: type[LayerConfig]) -> set[type[LayerConfig]]:
+    def below(cls: type[LayerConfig]) -> set[type[LayerConfig]]:
         children = [c for c in cls.__subclasses__() if c.__module__.startswith(f"{__name__}.")]
-        return set().union(*map(leaves, children)) if children else {cls}
+        return set(children).union(*map(below, children))
 
-    return tuple(sorted(leaves(LayerConfig) - {LayerConfig}, key=lambda cls: cls.__name__))
+    concrete = {cls for cls in below(LayerConfig) if cls.build is not LayerConfig.build}
+    return tuple(sorted(concrete, key=lambda cls: cls.__name__))

@@ -1,8 +1,11 @@
 """Test-time memory, any kind: a small network in each head that learns to answer keys with values as tokens pass.
 
 Four choices make one (Miras, arXiv 2504.13173): the network, the loss it descends, what it retains, and how a step is
-taken. Titans (2501.00663) and the rest of the family are names for some of them (layers/titans.py, layers/miras.py);
-a new one is a line in a config. docs/test_time_memory.md explains the chunk.
+taken. Titans (2501.00663; layers/titans.py) is a name for some of them; a new one is a line in a config:
+
+    TestTimeMemory(loss="lp", retention="lq_mirror", momentum=False, gates="output")      # Moneta
+    TestTimeMemory(loss="huber_norm", momentum=False, gates="output")                     # Yaad
+    TestTimeMemory(retention="kl", momentum=False, gates="output")                        # Memora
 """
 
 import dataclasses
@@ -47,8 +50,8 @@ class TestTimeMemory(LayerConfig):
     gates: one "matrix" each, one a "head", or one for each "output" channel of each matrix (of rank `rank`).
     chunk: tokens whose gradients are taken at the weights with which their chunk began. It belongs to the model: train
         and serve with the same. 1 is online gradient descent, exactly; more is another function, and many times faster.
-    lr_max, momentum_max: bounds of the gates. lr_max None: the largest that a key repeated through a chunk bears,
-        2 (1 - momentum_max) / chunk, and at most 1.
+    lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
+        through a chunk bears.
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
@@ -98,7 +101,7 @@ class TestTimeMemory(LayerConfig):
         if self.lr_max is not None and self.lr_max <= 0:
             raise ValueError(f"{name}.lr_max is {self.lr_max}: it must be above 0")
         load = self.chunk * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
-        if load > 2 * (1 + 1e-9) and self.chunk > 1 and not self.norm:
+        if load > 2 and self.chunk > 1:
             warnings.warn(
                 f"{name}: chunk · lr_max / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a chunk "
                 f"makes the memory diverge. Lower lr_max ({2 * self.largest_step / load:.3g} is safe), or the chunk.",
@@ -110,7 +113,7 @@ class TestTimeMemory(LayerConfig):
     def largest_step(self) -> float:
         if self.lr_max is not None:
             return self.lr_max
-        return min(1.0, 2 * (1 - (self.momentum_max if self.momentum else 0)) / self.chunk)
+        return (1 - (self.momentum_max if self.momentum else 0)) / self.chunk
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
         return TestTimeLayer(self, D, rngs=rngs)
@@ -118,8 +121,19 @@ class TestTimeMemory(LayerConfig):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         return (
-            cls(H=2, K=8, F=12, memory="swiglu", norm=False, chunk=4, gates="output", rank=4, persistent=3),
-            cls(H=2, K=8, depth=1, retention="bounded", loss="huber_norm", chunk=4, read="pre", conv=0),
+            cls(
+                H=2,
+                K=8,
+                F=12,
+                memory="swiglu",
+                loss="huber_norm",
+                retention="bounded",
+                gates="output",
+                rank=4,
+                chunk=4,
+                read="pre",
+                persistent=3,
+            ),
         )
 
 
@@ -163,7 +177,7 @@ class TestTimeLayer(Layer):
         self.start = nnx.Dict(
             {
                 name: nnx.Param(
-                    jax.random.normal(rngs.params(), [H, a, b], jnp.float32) * (1 if c.retention == "kl" else a**-0.5),
+                    jax.random.normal(rngs.params(), [H, a, b], jnp.float32) * self._spread(name),
                     axes="HKF" if name in ("w0", "gate", "up") else "HFV",
                     decay=False,
                 )
@@ -184,6 +198,18 @@ class TestTimeLayer(Layer):
         self.norm = RMSNorm(K, axes="V")
         self.out = linear("BTHV,HVD->BTD", residual=True)
         self.rule = rule_of(config)
+
+    def _spread(self, name: str) -> float:
+        """Standard deviation of an initial matrix, such that a step of 1 moves an answer by about the error.
+
+        Keys are of unit length. Under a layer norm a step moves the answer by 1 / variance of the last matrix, and of
+        the first: 1 for both. Without, it moves it by the squared length of what the last matrix reads, and the mean
+        square gain of those behind the first: both small for 1 / F, and for a linear memory any will do.
+        """
+        c, hidden = self.config, self.sizes[next(iter(self.sizes))][1]
+        if c.norm or c.retention == "kl":
+            return 1.0
+        return hidden**-0.25 if name in ("gate", "up") else hidden**-0.5
 
     def init_state(self, B: int, T: int) -> TestTimeState:
         """The memory with which a document starts."""
@@ -213,7 +239,9 @@ class TestTimeLayer(Layer):
         if self.persistent is None:
             return weights, momentum
         x_BTD = self.persistent[...].astype(dtype)[None]
-        _, after, _, _ = self._learn(x_BTD, jnp.arange(x_BTD.shape[1])[None], None, None, (weights, momentum), True)
+        _, after, _, _ = self._learn(
+            x_BTD, jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None], None, None, (weights, momentum), True
+        )
         assert after is not None
         return jax.tree.map(lambda w: w[0], (after.weights, after.momentum))
 

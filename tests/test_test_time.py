@@ -1,15 +1,21 @@
 """Test-time memory: the dual and the materialised form against the definition, in float64, with gradients."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
+from layers.layer import Tokens
 from layers.ops import fast_weights as fw
+from layers.ops.recurrence import recurrence
 from layers.ops.test_time import Gate, Rule, State, Token, _dual, _materialised, test_time_memory
+from layers.test_time import Unstable
+from layers.titans import Titans
 
 test_time_memory.__test__ = False  # it is no test
 B, H, K, F = 2, 2, 6, 8
@@ -277,6 +283,71 @@ def test_what_is_recomputed_changes_nothing(float64):
         (got, state), got_grads = case.graded(None, weigh_state=0.0, remat=remat, wanted=False)
         assert state is None
         close([got, got_grads], [y, grads])
+
+
+def test_linear_memories_are_the_house_s_recurrences(float64):
+    """Online L2 descent is the delta rule that erases before the decay; the dot loss is linear attention at any C."""
+    T = 20
+    pos = documents(T)
+    for slope, chunk in (("l2", 1), ("dot", 4)):
+        case = Case(T, "linear", slope, chunk=chunk, momentum=False)
+        a, gate = case.arrays, case.arrays["gates"]["w0"]
+        zero = a | {"start": jax.tree.map(jnp.zeros_like, a["start"])}
+        y, state = case.call(zero, pos)
+        want, memory = recurrence(
+            *(a["q"], a["k"], gate.lr * a["v"], gate.lr * a["k"] if slope == "l2" else None, gate.log_keep[..., 0]),
+            state=jnp.zeros((B, H, K, K)),
+            pos=pos,
+            erase="undecayed",
+        )
+        live = (np.asarray(pos) >= 0)[..., None, None]
+        close([jnp.where(live, y, 0), state.weights["w0"]], [jnp.where(live, want, 0), memory])
+
+
+@pytest.mark.parametrize("slope", ["l2", "l3", "dot"])
+def test_slopes_are_of_the_losses_they_name(float64, slope):
+    losses = {
+        "l2": lambda y, v: jnp.sum((y - v) ** 2) / 2,
+        "l3": lambda y, v: jnp.sum(jnp.abs(y - v) ** 3),
+        "dot": lambda y, v: -jnp.sum(y * v),
+    }
+    y, v = np.random.default_rng(0).normal(size=(2, 1, 50)) * 3
+    close(SLOPES[slope](y, v, None), jax.grad(losses[slope])(y, v), 1e-2 if slope == "l3" else 1e-12)
+
+
+def test_huber_is_l2_within_its_threshold_and_bounded_beyond(float64):
+    y, v = np.random.default_rng(0).normal(size=(2, 7, 5))
+    far, near = jnp.full((7, 1), 1e9), jnp.full((7, 1), 0.1)
+    for slope in (fw.huber_norm, fw.huber_coord, fw.huber_mix):
+        close(slope(y, v, far), y - v)
+    assert (jnp.linalg.norm(fw.huber_norm(y, v, near), axis=-1) <= 0.1 + 1e-12).all()
+    assert (jnp.abs(fw.huber_coord(y, v, near)) <= 0.1).all() and (jnp.abs(fw.huber_mix(y, v, near)) <= 0.1).all()
+
+
+def test_retentions_by_their_definitions(float64):
+    """A simplex; the mirror map is the slope of half the squared norm; the printed one shrinks as A grows."""
+    A = np.random.default_rng(0).normal(size=(6, 4))
+    close(fw.kl(2.0, A).sum(0), np.full(4, 2.0))
+    close(fw.lq_mirror(4.0, A), jax.grad(lambda A: jnp.sum(A**4) ** 0.5 / 2)(A), 1e-5)
+    close(fw.lq_printed(4.0, 2 * A), fw.lq_printed(4.0, A) / 2, 1e-5)
+    close(fw.elastic(0.5, A), np.sign(A) * np.maximum(np.abs(A) - 0.5, 0))
+    singular = jnp.linalg.svd(fw.newton_schulz(A), compute_uv=False)
+    assert (0.6 < singular).all() and (singular < 1.3).all()
+
+
+def test_a_key_that_repeats_stays_bounded():
+    """8,192 times the same token through the layer as it comes; and beyond the stable range there is a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = Titans(H=2).build(32, rngs=nnx.Rngs(0))
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 1, 32)), (1, 8192, 32))
+    tokens = Tokens(jnp.zeros((1, 8192), jnp.int32), jnp.arange(8192, dtype=jnp.int32)[None])
+    y = jax.jit(lambda layer, x: layer(x, tokens).y_BTD)(layer, x)
+    assert jnp.isfinite(y).all() and jnp.abs(y).max() < 30
+    with pytest.warns(Unstable, match="lr_max / \\(1 - momentum_max\\) is 16"):
+        Titans(lr_max=0.1)
+    with pytest.warns(Unstable, match="0.125 is safe"):
+        Titans(lr_max=1.0, momentum=False)
 
 
 def test_a_chunk_is_not_a_token(float64):

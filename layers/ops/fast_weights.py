@@ -14,6 +14,9 @@ from jax import Array
 from layers.ops.precision import HIGHEST
 
 EPS = 1e-6
+# Of the variance that a layer norm divides by. Weights may fade to nothing, and what a step moves grows as one over the
+# variance: an EPS of 1e-6 would let the first step after that be a million times too long. Answers start near 1.
+LEAST = 1e-2
 Lin = Callable[[str, Array], Array]
 Outer = dict[str, Array]  # scale and shift [V], of the layer norm
 
@@ -21,7 +24,7 @@ Outer = dict[str, Array]  # scale and shift [V], of the layer norm
 def layer_norm(x: Array) -> Array:
     """Zero mean and unit variance over the last axis."""
     x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LEAST)
 
 
 def linear(lin: Lin, x: Array, outer: Outer) -> Array:

@@ -171,6 +171,30 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
     return State(weights, momentum, None if rule.chunk == 1 else weights)
 
 
+LARGEST = 1e6  # of the loss's slope in a carried weight
+
+
+@jax.custom_vjp
+def _bounded(state: State) -> State:
+    """The state; its cotangent, by head and array, scaled down where an entry is beyond LARGEST.
+
+    A learner driven past its stable range is chaotic: the slope in where it began grows with every chunk, until it is
+    infinite. Bounded, it is merely large, which clipping can deal with. Below the bound nothing changes.
+    """
+    return state
+
+
+def _bound(_: None, cotangent: State) -> tuple[State]:
+    def scaled(g: Array) -> Array:
+        most = jnp.max(jnp.abs(g), (-2, -1), keepdims=True)
+        return g * jnp.minimum(1.0, LARGEST / jnp.maximum(most, LARGEST))
+
+    return (jax.tree.map(scaled, cotangent),)
+
+
+_bounded.defvjp(lambda state: (state, None), _bound)
+
+
 def _heads(function: Callable, batched: tuple[bool, ...]) -> Callable:
     """`function` of one head over B and H; arguments that are not batched have H only."""
     over_H = jax.vmap(function)
@@ -236,12 +260,12 @@ def _naive(
 
     def step(state: State, timed: tuple[Token, Array]) -> tuple[State, Array]:
         x, pos_B = timed
-        state = _turn(rule, state, begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
+        state = _turn(rule, _bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
         row_BH = None if row is None else row.T[jnp.maximum(pos_B, 0) % C]
         return every(state, x, row_BH, outer)
 
     T = pos.shape[1]
-    group = math.isqrt(T) if T > 16 else 1
+    group = math.isqrt(T) if T > 64 else 1
     rest = -T % group
     xs = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2)), xs)
     pos = jnp.pad(pos, ((0, 0), (0, rest)), constant_values=-1)
@@ -286,11 +310,11 @@ def _chunked(
     """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
     C, (B, T) = rule.chunk, pos.shape
     chunk_BT, place_BT = _places(pos, C)
-    group = math.isqrt(N) if remat == "both" else 1
+    group = math.isqrt(N) if remat == "both" and N > 16 else 1
     N = -(-N // group) * group
     place_BT = jnp.where(pos >= 0, place_BT, N * C)
-    token_BP = jnp.full((B, N * C), T, jnp.int32)
-    token_BP = token_BP.at[jnp.arange(B)[:, None], place_BT].set(jnp.arange(T, dtype=jnp.int32)[None], mode="drop")
+    t_T, none_P = jnp.arange(T, dtype=jnp.int32), jnp.full(N * C, T, jnp.int32)
+    token_BP = jax.vmap(lambda place_T: none_P.at[place_T].set(t_T, mode="drop"))(place_BT)
 
     def lay(x: Array) -> Array:
         """[B, T, ...] -> [N, B, C, ...], zeros where there is no token: there no gate is open."""
@@ -311,7 +335,7 @@ def _chunked(
         x, valid_BC, starts_B, boundary_B = x
 
         def learn(state: State) -> tuple[State, Array]:
-            return every(_turn(rule, state, begin, starts_B, boundary_B), x, row, outer)
+            return every(_turn(rule, _bounded(state), begin, starts_B, boundary_B), x, row, outer)
 
         def rest(state: State) -> tuple[State, Array]:
             return state, jnp.zeros_like(x.v)
