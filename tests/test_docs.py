@@ -44,6 +44,16 @@ def test_the_config_builds(fading, tmp_path):
     jax.eval_shape(lambda key: experiment.model.build(rngs=nnx.Rngs(params=key)), jax.random.key(0))
 
 
+def test_the_memories_on_paper_are_memories(tmp_path):
+    """The configs that docs/test_time_memory.md lists are accepted without a warning."""
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "test_time_memory.md").read_text(), re.DOTALL)[0]
+    path = tmp_path / "memories.py"
+    path.write_text(block)
+    spec = importlib.util.spec_from_file_location("memories", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert block.count("TestTimeMemory(") == 6
+
+
 def test_the_readme_names_what_exists():
     """Configs, files and targets that the README's commands mention."""
     text = (ROOT / "README.md").read_text()

@@ -118,7 +118,7 @@ def test_time_memory(
 
     C = rule.chunk
     most, least = T + 1, 2 * -(-T // C) + 8  # chunks, should every token start a document; and what is usual
-    if implementation == "naive" or (implementation == "auto" and T == 1):
+    if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
     else:
         materialised = implementation == "materialised" or rule.retention is not None or rule.step is not None
@@ -171,6 +171,7 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
     return State(weights, momentum, None if rule.chunk == 1 else weights)
 
 
+SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
 LARGEST = 1e6  # of the loss's slope in a carried weight
 
 
