@@ -124,8 +124,7 @@ class TestTimeMemory(LayerConfig):
             cls(
                 H=2,
                 K=8,
-                F=12,
-                memory="swiglu",
+                depth=1,
                 loss="huber_norm",
                 retention="bounded",
                 gates="output",

@@ -102,6 +102,8 @@ def test_time_memory(
         raise ValueError("either all matrices have momentum or none has")
     if rule.average != (row is not None):
         raise ValueError("`row` is for rules that average, and they need it")
+    if state is not None and pos is None:
+        raise ValueError("a state goes on somewhere in a document: say `pos`")
     B, T, H, _ = q_BTHK.shape
     dtype = wide(q_BTHK, v_BTHV)
     xs = Token(q_BTHK, k_BTHK, v_BTHV, gates, threshold)
