@@ -58,7 +58,8 @@ class TestTimeMemory(LayerConfig):
     implementation, remat: as in layers.ops.test_time.
 
     Where the papers are silent: gates are sigmoids, of a logit that starts at 0, for keep at 5; the initial weights are
-    learned, from N(0, 1 / inputs); convolution, then SiLU, then unit queries and keys.
+    learned, and start where a step of 1 moves an answer by about its error; convolution, then SiLU, then unit queries
+    and keys.
     """
 
     H: int = 4
