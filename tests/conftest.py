@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import gc
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -29,6 +31,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same draws on every machine and every run; no deadline, because a first draw may compile.
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None, max_examples=20)
 hypothesis.settings.load_profile("house")
+
+
+MAPPINGS = 30_000  # of memory, half of what Linux allows a process; each compiled program holds some
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets compiled programs before they are too many: out of mappings, XLA ends the process with a fault."""
+    maps = pathlib.Path("/proc/self/maps")
+    if next(_finished) % 8 == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            if sum(1 for _ in lines) > MAPPINGS:
+                jax.clear_caches()
+                gc.collect()
 
 
 @contextlib.contextmanager
