@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from layers.ops.chunk_tables import Open, Table, averaging, fade, fading, same
 from layers.ops.precision import HIGHEST, wide
 
 Weights = dict[str, Array]  # by name of the matrix: [..., inputs, outputs]; applied from the right
@@ -148,15 +149,6 @@ class Token(NamedTuple):
     v: Array
     gates: dict[str, Any]  # Gate as it comes, Open inside
     threshold: Array | None
-
-
-class Open(NamedTuple):
-    """A Gate that says all but momentum, shut at padding; [B, T, H, .], or [C, .] of one head's chunk."""
-
-    lr: Array
-    log_keep: Array | None
-    log_momentum: Array | None
-    apply: Array
 
 
 def _open(gate: Gate, valid_BT11: Array) -> Open:
@@ -363,68 +355,11 @@ def _still(rule: Rule, x: Token, new: Weights, old: Weights) -> Weights:
     return {name: jnp.where(jnp.any(x.gates[name].apply > 0), new[name], old[name]) for name in new}
 
 
-class Table(NamedTuple):
-    """How the A of each token, and A and S at the end, are made of A_0, S_0 and the U of the chunk; g is 1 or outputs.
-
-    A_t = own_t A_0 + past_t S_0 + sum_i mix_ti U_i
-    """
-
-    own: Array  # [C, g]
-    past: Array | None
-    mix: Array  # [C, C, g]
-    end: tuple[Array, Array | None, Array]  # the same of the last A
-    momentum: tuple[Array, Array] | None  # and of the last S: of S_0 [g], of each U [C, g]
-
-
-def _fade(log: Array) -> tuple[Array, Array]:
-    """[C, g] -> product up to each token [C, g], and between tokens [t, j, g]: after j up to t, for j <= t, else 0."""
-    C = log.shape[0]
-    tril = jnp.tril(jnp.ones((C, C), log.dtype))
-    total = jnp.matmul(tril, log, precision=HIGHEST)
-    gap = total[:, None] - total[None]
-    return jnp.exp(total), jnp.exp(jnp.where(tril[..., None] > 0, gap, -jnp.inf))
-
-
-def _table(rule: Rule, gate: Open) -> Table:
-    apply, ones = gate.apply, jnp.ones_like(gate.lr[:, :1])
-    own, kept = _fade(jnp.zeros_like(ones) if gate.log_keep is None else gate.log_keep)
-    mix, past, momentum = kept * apply[None], None, None
-    if gate.log_momentum is not None:
-        held, holds = _fade(gate.log_momentum)
-        past = jnp.einsum("tlg,lg->tg", *_same(mix, held), precision=HIGHEST)
-        momentum = held[-1:], holds[-1]
-        mix = jnp.einsum("tlg,lig->tig", *_same(mix, holds), precision=HIGHEST)
-    end = own[-1:], None if past is None else past[-1:], mix[-1]
-    if rule.read == "pre":
-        own = jnp.concatenate([jnp.ones_like(own[:1]), own[:-1]])
-        mix = jnp.concatenate([jnp.zeros_like(mix[:1]), mix[:-1]])
-        past = None if past is None else jnp.concatenate([jnp.zeros_like(past[:1]), past[:-1]])
-    return Table(own, past, mix, end, momentum)
-
-
-def _same(a: Array, b: Array) -> tuple[Array, Array]:
-    g = max(a.shape[-1], b.shape[-1])
-    return jnp.broadcast_to(a, (*a.shape[:-1], g)), jnp.broadcast_to(b, (*b.shape[:-1], g))
-
-
-def _average(rule: Rule, gate: Open, row_C: Array) -> Table:
-    """TTT's: A_t = anchor + row_t (S_0 + sum of U up to t); slots may be empty, and the last A is the last token's."""
-    C = row_C.shape[0]
-    filled = gate.apply > 0  # [C, 1]
-    last = jnp.max(jnp.where(filled[:, 0], jnp.arange(C), -1))
-    tril = jnp.tril(jnp.ones((C, C), row_C.dtype), 0 if rule.read == "post" else -1)[..., None]
-    one, row = jnp.ones((C, 1), row_C.dtype), row_C[:, None]
-    if rule.read == "pre":
-        row = jnp.concatenate([jnp.zeros_like(row[:1]), row[:-1]])
-    end_row = row_C[jnp.maximum(last, 0)][None, None]
-    end = one[:1], end_row, end_row * one  # for a chunk without tokens: see _still
-    return Table(one, row, row[:, None] * tril, end, (one[:1], one))
-
-
 def _tables(rule: Rule, x: Token, row: Array | None) -> dict[str, Table]:
+    pre = rule.read == "pre"
     if row is not None:
-        return {name: _average(rule, gate, row) for name, gate in x.gates.items()}
-    return {name: _table(rule, gate) for name, gate in x.gates.items()}
+        return {name: averaging(gate, row, pre) for name, gate in x.gates.items()}
+    return {name: fading(gate, pre) for name, gate in x.gates.items()}
 
 
 def _dual(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
@@ -496,19 +431,19 @@ def _materialised(rule: Rule, state: State, x: Token, row: Array | None, outer: 
         U = -gate.lr[:, None, :] * slopes[name]
         if rule.step is not None:
             if gate.log_momentum is not None and S is not None:
-                held, holds = _fade(gate.log_momentum)
-                every = held[:, None] * S[name][None] + jnp.einsum("tio,iao->tao", *_same(holds, U), precision=HIGHEST)
+                held, holds = fade(gate.log_momentum)
+                every = held[:, None] * S[name][None] + jnp.einsum("tio,iao->tao", *same(holds, U), precision=HIGHEST)
                 new_S[name] = every[-1]
             else:
                 every = U
-            t = _table(rule, gate._replace(log_momentum=None))
+            t = fading(gate._replace(log_momentum=None), rule.read == "pre")
             U = jax.vmap(rule.step)(every)
         elif S is not None and t.momentum is not None:
             held, holds = t.momentum
-            new_S[name] = held * S[name] + jnp.einsum("io,iao->ao", *_same(holds, U), precision=HIGHEST)
+            new_S[name] = held * S[name] + jnp.einsum("io,iao->ao", *same(holds, U), precision=HIGHEST)
         own, past, mix = t.end
-        seen[name] = t.own[:, None] * base[name][None] + jnp.einsum("tio,iao->tao", *_same(t.mix, U), precision=HIGHEST)
-        new_A[name] = own * base[name] + jnp.einsum("io,iao->ao", *_same(mix, U), precision=HIGHEST)
+        seen[name] = t.own[:, None] * base[name][None] + jnp.einsum("tio,iao->tao", *same(t.mix, U), precision=HIGHEST)
+        new_A[name] = own * base[name] + jnp.einsum("io,iao->ao", *same(mix, U), precision=HIGHEST)
         if past is not None and S is not None:
             new_A[name] += past * S[name]
         if t.past is not None and S is not None:
