@@ -178,10 +178,10 @@ class TestTimeLayer(Layer):
             {
                 name: nnx.Param(
                     jax.random.normal(rngs.params(), [H, a, b], jnp.float32) * self._spread(name),
-                    axes="HKF" if name in ("w0", "gate", "up") else "HFV",
+                    axes=f"H{'K' if name in ('w0', 'gate', 'up') else 'F'}{'V' if i == len(self.sizes) - 1 else 'F'}",
                     decay=False,
                 )
-                for name, (a, b) in self.sizes.items()
+                for i, (name, (a, b)) in enumerate(self.sizes.items())
             }
         )
         self.outer = nnx.Dict(
@@ -222,9 +222,12 @@ class TestTimeLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
         memory = None if state is None else State(*state[:3])
-        y, after, tails, said = self._learn(
-            x_BTD, tokens.pos_BT, memory, None if state is None else state.tails, self._start(wide(x_BTD))
-        )
+        dtype, pos = wide(x_BTD), tokens.pos_BT
+        if state is None or self.persistent is None:
+            start = self._start(dtype)
+        else:  # a piece in which no document begins, such as a token that is decoded, need not read the persistent ones
+            start = jax.lax.cond(jnp.any(pos == 0), lambda: self._start(dtype), lambda: self._blank(dtype))
+        y, after, tails, said = self._learn(x_BTD, pos, memory, None if state is None else state.tails, start)
         y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         new = None
         if state is not None and after is not None:
@@ -234,8 +237,7 @@ class TestTimeLayer(Layer):
 
     def _start(self, dtype: jnp.dtype) -> tuple[Weights, Weights | None]:
         """Weights and momentum at a document's start: the initial ones, after the persistent tokens."""
-        weights = {name: w[...].astype(dtype) for name, w in self.start.items()}
-        momentum = jax.tree.map(jnp.zeros_like, weights) if self.config.momentum else None
+        weights, momentum = self._blank(dtype)
         if self.persistent is None:
             return weights, momentum
         x_BTD = self.persistent[...].astype(dtype)[None]
@@ -244,6 +246,10 @@ class TestTimeLayer(Layer):
         )
         assert after is not None
         return jax.tree.map(lambda w: w[0], (after.weights, after.momentum))
+
+    def _blank(self, dtype: jnp.dtype) -> tuple[Weights, Weights | None]:
+        weights = {name: w[...].astype(dtype) for name, w in self.start.items()}
+        return weights, jax.tree.map(jnp.zeros_like, weights) if self.config.momentum else None
 
     def _learn(
         self,

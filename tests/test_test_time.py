@@ -5,22 +5,24 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
 
 from layers.layer import Tokens
+from layers.ops import chunk_tables, test_time
 from layers.ops import fast_weights as fw
 from layers.ops.recurrence import recurrence
 from layers.ops.test_time import Gate, Rule, State, Token, _dual, _materialised, test_time_memory
-from layers.test_time import Unstable
+from layers.test_time import TestTimeMemory, Unstable
 from layers.titans import Titans
 
-test_time_memory.__test__ = False  # it is no test
+test_time_memory.__test__ = TestTimeMemory.__test__ = False  # they are no tests
 B, H, K, F = 2, 2, 6, 8
 NETWORKS = {
-    "linear": (fw.linear, fw.sizes("mlp", K, K, F, 1), False),
+    "linear": (fw.network("mlp", 1), fw.sizes("mlp", K, K, F, 1), False),
     "mlp": (fw.network("mlp", 2), fw.sizes("mlp", K, K, F, 2), True),
     "deep": (fw.network("mlp", 3, True), fw.sizes("mlp", K, K, F, 3, True), True),
     "swiglu": (fw.swiglu, fw.sizes("swiglu", K, K, F), False),
@@ -349,6 +351,84 @@ def test_a_key_that_repeats_stays_bounded():
         Titans(lr_max=0.1)
     with pytest.warns(Unstable, match="0.125 is safe"):
         Titans(lr_max=1.0, momentum=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gates": "head", "loss": "huber_coord"},
+        {"memory": "swiglu", "norm": False, "gate": False, "loss": "huber_mix"},
+        {"depth": 1, "norm": False, "loss": "dot", "persistent": 2},
+        {"loss": "lp", "power": 2.5, "retention": "lq_printed", "momentum": False, "keep": False},
+        {"retention": "lq_mirror", "power_q": 3.0, "gates": "output", "rank": 2},
+        {"retention": "kl", "step": "orthogonal", "conv": 0},
+        {"retention": "elastic", "scale": 0.1, "depth": 3, "remat": "none"},
+    ],
+    ids=str,
+)
+def test_every_word_of_a_config(float64, options):
+    """Each is built and read, the chunks as the definition."""
+    x = jax.random.normal(jax.random.key(1), (1, 11, 16), jnp.float64)
+    tokens = Tokens(jnp.zeros((1, 11), jnp.int32), jnp.arange(11, dtype=jnp.int32)[None])
+
+    def answer(**words):
+        layer = TestTimeMemory(H=2, F=6, chunk=4, **words).build(16, rngs=nnx.Rngs(0))
+        return jax.jit(lambda layer, x: layer(x, tokens).y_BTD)(layer, x)
+
+    y = answer(**options, implementation="chunked")
+    close(y, answer(**options, implementation="naive"))
+    assert jnp.isfinite(y).all() and jnp.abs(y).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "l1"}, "loss is 'l1': it must be one of l2, dot"),
+        ({"momentum_max": 1.0}, "momentum_max"),
+        ({"lr_max": 0.0}, "lr_max"),
+        ({"persistent": -1}, "persistent"),
+        ({"chunk": 0}, "chunk"),
+    ],
+)
+def test_bad_configs_are_named(change, message):
+    with pytest.raises(ValueError, match=f"TestTimeMemory.{message}|TestTimeMemory.*{message}"):
+        TestTimeMemory(**change)
+
+
+def late(gate, pre):
+    return chunk_tables.fading(gate, True)
+
+
+def forgetful(gate, pre):
+    return chunk_tables.fading(gate, pre)._replace(past=None)
+
+
+@pytest.mark.parametrize("broken", [late, forgetful])
+def test_a_broken_table_is_seen(float64, monkeypatch, broken):
+    """Reads one step late; leaves out the momentum with which the chunk began."""
+    monkeypatch.setattr(test_time, "fading", broken)
+    with pytest.raises(AssertionError):
+        judge([_dual])
+
+
+@pytest.mark.parametrize(
+    ("law", "F", "broken"),
+    [
+        ("a_document_forgets", 10, lambda turn, state, starts_B, boundary_B: turn(state, starts_B & False, boundary_B)),
+        ("any_cut_of_time", 11, lambda turn, state, starts_B, boundary_B: turn(state, starts_B, boundary_B & False)),
+    ],
+    ids=["starts are passed over", "the anchor stays behind"],
+)
+def test_a_broken_memory_breaks_a_law(monkeypatch, law, F, broken):
+    """An F of its own each: what is compiled for a layer is shared by whoever has its config."""
+    turn = test_time._turn
+
+    def turned(rule, state, begin, starts_B, boundary_B):
+        return broken(lambda *a: turn(rule, a[0], begin, *a[1:]), state, starts_B, boundary_B)
+
+    monkeypatch.setattr(test_time, "_turn", turned)
+    with pytest.raises(AssertionError):
+        laws.LAWS[law](Titans(H=2, K=8, F=F, chunk=4))
 
 
 def test_a_chunk_is_not_a_token(float64):

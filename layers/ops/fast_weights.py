@@ -17,7 +17,7 @@ EPS = 1e-6
 # Of the variance that a layer norm divides by. Weights may fade to nothing, and what a step moves grows as one over the
 # variance: an EPS of 1e-6 would let the first step after that be a million times too long. Answers start near 1.
 LEAST = 1e-2
-Lin = Callable[[str, Array], Array]
+Lin = Callable[[str, Array], Array]  # (name, x [C, inputs]) -> [C, outputs]: the only way to touch the weights
 Outer = dict[str, Array]  # scale and shift [V], of the layer norm
 
 
@@ -27,12 +27,8 @@ def layer_norm(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LEAST)
 
 
-def linear(lin: Lin, x: Array, outer: Outer) -> Array:
-    return _close(lin("w0", x), x, outer)
-
-
 def mlp(depth: int, bias: bool, lin: Lin, x: Array, outer: Outer) -> Array:
-    """`depth` matrices with GELU between. bias: each sees a constant 1 besides."""
+    """`depth` matrices with GELU between; one is a linear memory. bias: each sees a constant 1 besides."""
     y = x
     for i in range(depth):
         y = jax.nn.gelu(y) if i else y

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.ops.chunk_tables import Open, Table, averaging, fade, fading, same
+from layers.ops.fast_weights import Lin
 from layers.ops.precision import HIGHEST, wide
 
 Weights = dict[str, Array]  # by name of the matrix: [..., inputs, outputs]; applied from the right
-Lin = Callable[[str, Array], Array]  # (name, x [C, inputs]) -> [C, outputs]: the only way to touch the weights
 Engine = Literal["auto", "naive", "dual", "materialised"]
 Remat = Literal["none", "body", "both"]
 
@@ -304,7 +304,7 @@ def _chunked(
 ) -> tuple[Array, State]:
     """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
     C, (B, T) = rule.chunk, pos.shape
-    chunk_BT, place_BT = _places(pos, C)
+    _, place_BT = _places(pos, C)
     group = math.isqrt(N) if remat == "both" and N > 16 else 1
     N = -(-N // group) * group
     place_BT = jnp.where(pos >= 0, place_BT, N * C)
