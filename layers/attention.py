@@ -4,7 +4,9 @@ Vaswani et al. 2017, arXiv 1706.03762.
 """
 
 import dataclasses
-from typing import NamedTuple, Self
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax import Array, lax
 
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive, take
 from layers.norm import RMSNorm
-from layers.ops.attention import attention
+from layers.ops.attention import attention, attention_and_mass, merge
 from layers.ops.rope import rope
 
 
@@ -41,11 +43,13 @@ class Attention(LayerConfig):
     qk_norm: RMSNorm of each query and key over K, before the rotation (Dehghani et al. 2023, 2302.05442).
     gate: output gate sigmoid(x W_gate) on each channel of each head (Qiu et al. 2025, 2505.06708).
     bias: biases on queries, keys and values.
+    persistent: learned tokens that every token sees, however far from its document's start (Titans, 2501.00663, section
+        3.3). They have no place: queries meet them before the rotation, so that a window may be anywhere.
     cache_dtype: "float32" or "bfloat16", of the keys and values in the state.
 
     Parameters: D K (2 H + 2 G) [= 4 D² for G = H, K = D / H], + D H K with the gate, + 2 K with qk_norm, + K (H + 2 G)
-    with biases. State: 2 S G K numbers of `cache_dtype` and S + 2 of int32 a row, S = T of init_state, or
-    min(window, T).
+    with biases, + D for each persistent token. State: 2 S G K numbers of `cache_dtype` and S + 2 of int32 a row, S = T
+    of init_state, or min(window, T).
     """
 
     H: int = 4
@@ -56,10 +60,13 @@ class Attention(LayerConfig):
     qk_norm: bool = False
     gate: bool = False
     bias: bool = False
+    persistent: int = 0
     cache_dtype: str = "float32"
 
     def __post_init__(self):
         positive(self, "H", "G", "K", "window", "rope_theta")
+        if self.persistent < 0:
+            raise ValueError(f"Attention.persistent is {self.persistent}: it must be at least 0")
         if self.G is not None:
             divides(self, "G", "H")
         if self.cache_dtype not in ("float32", "bfloat16"):
@@ -74,6 +81,7 @@ class Attention(LayerConfig):
             cls(H=4, G=2),
             cls(H=4, K=8, window=5, qk_norm=True, bias=True),
             cls(H=2, G=1, rope_theta=None, gate=True),
+            cls(H=2, window=5, persistent=3),
         )
 
 
@@ -93,6 +101,8 @@ class AttentionLayer(Layer):
         self.query_norm = RMSNorm(K, axes="K") if config.qk_norm else None
         self.key_norm = RMSNorm(K, axes="K") if config.qk_norm else None
         self.gate = Einsum("BTD,DHV->BTHV", D=D, H=H, V=K, rngs=rngs) if config.gate else None
+        P = config.persistent
+        self.persistent = nnx.Param(jax.random.normal(rngs.params(), [P, D], jnp.float32), axes="SD") if P else None
         self.out = Einsum("BTHV,HVD->BTD", D=D, H=H, V=K, residual=True, rngs=rngs)
 
     def init_state(self, B: int, T: int) -> AttentionState:
@@ -113,9 +123,10 @@ class AttentionLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: AttentionState | None = None) -> Out:
         q_BTHK, (k_BTGK, v_BTGV) = self._query(x_BTD, tokens.pos_BT), self._key_value(x_BTD, tokens.pos_BT)
+        attend = functools.partial(self._attend, x_BTD)
         if state is None:
             time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
-            y_BTHV = attention(
+            y_BTHV = attend(
                 q_BTHK,
                 k_BTGK,
                 v_BTGV,
@@ -125,14 +136,15 @@ class AttentionLayer(Layer):
                 window=self.config.window,
             )
         else:
-            y_BTHV, state = _remember(q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)
+            y_BTHV, state = _remember(attend, q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)
         return Out(self._write(y_BTHV, x_BTD), state)
 
     def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
         x_BND = take(x_BTD, at_BN)
         k_BTGK, v_BTGV = self._key_value(x_BTD, tokens.pos_BT)
         time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
-        y_BNHV = attention(
+        y_BNHV = self._attend(
+            x_BND,
             self._query(x_BND, take(tokens.pos_BT, at_BN)),
             k_BTGK,
             v_BTGV,
@@ -143,17 +155,28 @@ class AttentionLayer(Layer):
         )
         return Out(self._write(y_BNHV, x_BND), None)
 
+    def _attend(self, x_BTD: Array, q_BTHK: Array, k: Array, v: Array, **times: Any) -> Array:
+        """Attention over the tokens, and over the persistent ones."""
+        if self.persistent is None:
+            return attention(q_BTHK, k, v, **times)
+        here = attention_and_mass(q_BTHK, k, v, **times)
+        p_BTD = self.persistent[...].astype(x_BTD.dtype)[None]
+        free = self._place(self.query(x_BTD), self.query_norm, None), self._place(self.key(p_BTD), self.key_norm, None)
+        rows = [jnp.broadcast_to(a, (x_BTD.shape[0], *a.shape[1:])) for a in (free[1], self.value(p_BTD))]
+        zeros = [jnp.zeros(a.shape[:2], jnp.int32) for a in (x_BTD, rows[0])]
+        return merge([here, attention_and_mass(free[0], *rows, query_time=zeros[0], key_time=zeros[1])])
+
     def _query(self, x_BTD: Array, pos_BT: Array) -> Array:
         return self._place(self.query(x_BTD), self.query_norm, pos_BT)
 
     def _key_value(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array]:
         return self._place(self.key(x_BTD), self.key_norm, pos_BT), self.value(x_BTD)
 
-    def _place(self, x_BTHK: Array, norm: RMSNorm | None, pos_BT: Array) -> Array:
-        """Queries or keys, normed and turned by their place."""
+    def _place(self, x_BTHK: Array, norm: RMSNorm | None, pos_BT: Array | None) -> Array:
+        """Queries or keys, normed and turned by their place, if they have one."""
         x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
         theta = self.config.rope_theta
-        return x_BTHK if theta is None else rope(x_BTHK, pos_BT, theta)
+        return x_BTHK if theta is None or pos_BT is None else rope(x_BTHK, pos_BT, theta)
 
     def _write(self, y_BTHV: Array, x_BTD: Array) -> Array:
         """What goes to the residual stream."""
@@ -171,7 +194,13 @@ def _number(pos_BT: Array, time_B1: Array | int, start_B1: Array | int) -> tuple
 
 
 def _remember(
-    q_BTHK: Array, k_BTGK: Array, v_BTGV: Array, pos_BT: Array, state: AttentionState, window: int | None
+    attend: Callable[..., Array],
+    q_BTHK: Array,
+    k_BTGK: Array,
+    v_BTGV: Array,
+    pos_BT: Array,
+    state: AttentionState,
+    window: int | None,
 ) -> tuple[Array, AttentionState]:
     """Attention over the cache and the new tokens, which it writes to the cache."""
     T, S = pos_BT.shape[1], state.key_time_BS.shape[1]
@@ -193,7 +222,7 @@ def _remember(
         key_time_BS = jnp.concatenate([state.key_time_BS, time_BT], axis=1)
     else:
         k_BGSK, v_BGSV, key_time_BS = after.keys_BGSK, after.values_BGSV, after.key_time_BS
-    y_BTHV = attention(
+    y_BTHV = attend(
         q_BTHK,
         k_BGSK,
         v_BGSV,

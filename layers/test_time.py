@@ -50,8 +50,11 @@ class TestTimeMemory(LayerConfig):
     gates: one "matrix" each, one a "head", or one for each "output" channel of each matrix (of rank `rank`).
     chunk: tokens whose gradients are taken at the weights with which their chunk began. It belongs to the model: train
         and serve with the same. 1 is online gradient descent, exactly; more is another function, and many times faster.
+    exact: every gradient is taken at the weights of the token before, at full speed: of a memory of one matrix without
+        norm, loss "l2" or "dot", plain steps and decay, one gate a head. `chunk` is then how the work is cut, no more.
+    grad_at: with `exact`, whether those weights have faded first ("decayed", as in the gated delta rule) or not yet.
     lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
-        through a chunk bears.
+        through a chunk bears; (1 - momentum_max) with `exact`.
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
@@ -79,6 +82,8 @@ class TestTimeMemory(LayerConfig):
     gates: Literal["matrix", "head", "output"] = "matrix"
     rank: int = 32
     chunk: int = 16
+    exact: bool = False
+    grad_at: Literal["undecayed", "decayed"] = "undecayed"
     lr_max: float | None = None
     momentum_max: float = 0.9
     read: Literal["post", "pre"] = "post"
@@ -101,8 +106,18 @@ class TestTimeMemory(LayerConfig):
             raise ValueError(f"{name}.momentum_max is {self.momentum_max}: it must lie between 0 and 1")
         if self.lr_max is not None and self.lr_max <= 0:
             raise ValueError(f"{name}.lr_max is {self.lr_max}: it must be above 0")
-        load = self.chunk * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
-        if load > 2 and self.chunk > 1:
+        if self.exact:
+            needs = {"memory": "mlp", "depth": 1, "norm": False, "retention": "decay", "step": "plain"}
+            for field, value in needs.items():
+                if getattr(self, field) != value:
+                    raise ValueError(f"{name}.exact needs {field} = {value!r}, not {getattr(self, field)!r}")
+            if self.loss not in ("l2", "dot") or self.gates == "output":
+                raise ValueError(f"{name}.exact needs loss 'l2' or 'dot', and gates 'matrix' or 'head'")
+        elif self.grad_at == "decayed":
+            raise ValueError(f"{name}.grad_at is 'decayed', which needs exact = True")
+        span = 1 if self.exact else self.chunk
+        load = span * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
+        if load > 2 and span > 1:
             warnings.warn(
                 f"{name}: chunk · lr_max / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a chunk "
                 f"makes the memory diverge. Lower lr_max ({2 * self.largest_step / load:.3g} is safe), or the chunk.",
@@ -114,7 +129,7 @@ class TestTimeMemory(LayerConfig):
     def largest_step(self) -> float:
         if self.lr_max is not None:
             return self.lr_max
-        return (1 - (self.momentum_max if self.momentum else 0)) / self.chunk
+        return (1 - (self.momentum_max if self.momentum else 0)) / (1 if self.exact else self.chunk)
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
         return TestTimeLayer(self, D, rngs=rngs)
@@ -217,7 +232,7 @@ class TestTimeLayer(Layer):
         weights, momentum = jax.tree.map(
             lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), (weights, momentum)
         )
-        anchor = None if self.config.chunk == 1 else weights
+        anchor = None if self.config.chunk == 1 or self.config.exact else weights
         return TestTimeState(weights, momentum, anchor, self.convs.init_tails(B))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
@@ -306,6 +321,8 @@ class TestTimeLayer(Layer):
     def _engine(self) -> Engine:
         if self.config.implementation != "chunked":
             return self.config.implementation
+        if self.rule.exact:
+            return "exact"
         return "dual" if self.rule.retention is None and self.rule.step is None else "materialised"
 
 
@@ -325,4 +342,6 @@ def rule_of(config: TestTimeMemory) -> Rule:
     }
     step = fw.newton_schulz if c.step == "orthogonal" else None
     network = fw.network(c.memory, c.depth)
-    return Rule(network, slopes[c.loss], retentions[c.retention], step, c.chunk, c.read)
+    exact: Any = c.loss if c.exact else None
+    decayed = c.grad_at == "decayed"
+    return Rule(network, slopes[c.loss], retentions[c.retention], step, c.chunk, c.read, exact=exact, decayed=decayed)

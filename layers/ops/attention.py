@@ -55,6 +55,52 @@ def attention(
     Statistics and sums are float32 (float64 for float64 inputs). "blocks" is differentiable once, in reverse.
     Raises ValueError for sizes that do not agree, times given by half, an unknown or unfit implementation.
     """
+    times = query_time, key_time, since, window
+    return _attention(q_BTHK, k_BSGK, v_BSGV, scale, times, head_major, block, implementation, False)[0]
+
+
+def attention_and_mass(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGV: Array,
+    *,
+    scale: float | None = None,
+    query_time: Array | None = None,
+    key_time: Array | None = None,
+    since: Array | None = None,
+    window: int | None = None,
+    head_major: bool = False,
+    block: int | None = None,
+    implementation: str = "auto",
+) -> tuple[Array, Array]:
+    """As `attention`; also mass_BTH, the log of the sum of exp(score), by which averages over other keys are weighed.
+
+    "cudnn", which does not tell it, is not served, and not chosen. Where a query sees nothing the mass is the lowest
+    finite number.
+    """
+    times = query_time, key_time, since, window
+    return _attention(q_BTHK, k_BSGK, v_BSGV, scale, times, head_major, block, implementation, True)
+
+
+def merge(parts: list[tuple[Array, Array]]) -> Array:
+    """One softmax over the keys of all parts: (y_BTHV, mass_BTH) each, as from `attention_and_mass`."""
+    mass = jnp.stack([mass for _, mass in parts])
+    share = jax.nn.softmax(mass, 0)[..., None]
+    return jnp.sum(jnp.stack([y for y, _ in parts]).astype(share.dtype) * share, 0).astype(parts[0][0].dtype)
+
+
+def _attention(
+    q_BTHK: Array,
+    k_BSGK: Array,
+    v_BSGV: Array,
+    scale: float | None,
+    times: tuple[Array | None, Array | None, Array | None, int | None],
+    head_major: bool,
+    block: int | None,
+    implementation: str,
+    mass: bool,
+) -> tuple[Array, Any]:
+    query_time, key_time, since, window = times
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3] if not head_major else k_BSGK.shape[2:0:-1]
     V = v_BSGV.shape[-1]
@@ -71,20 +117,21 @@ def attention(
         raise ValueError(f"attention: {T} queries and {S} keys need query_time and key_time")
     plain = query_time is None
     if implementation == "auto":
-        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain)
+        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain and not mass)
 
     dtype = q_BTHK.dtype if q_BTHK.dtype == k_BSGK.dtype == v_BSGV.dtype else wide(q_BTHK, k_BSGK, v_BSGV)
     q, k, v = (a.astype(dtype) for a in (q_BTHK, k_BSGK, v_BSGV))
     scale = K**-0.5 if scale is None else scale
     if implementation == "cudnn":
-        if not plain or K != V:
-            raise ValueError("attention: cudnn knows neither times nor values wider than keys; use 'blocks'")
+        if not plain or K != V or mass:
+            raise ValueError("attention: cudnn knows neither times, nor values wider than keys, nor mass; use 'blocks'")
         if head_major:
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
+        y_BTHV = jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        ).astype(q_BTHK.dtype)
+        )
+        return y_BTHV.astype(q_BTHK.dtype), None
 
     if not head_major:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -94,14 +141,14 @@ def attention(
     if window is not None:
         earliest = jnp.maximum(earliest, query_time - (window - 1))
     if implementation == "naive":
-        y_BTHV = _naive(q, k, v, query_time, earliest, key_time, scale)
+        y_BTHV, mass_BTH = _naive(q, k, v, query_time, earliest, key_time, scale)
     elif implementation == "blocks":
         if block is None:
             block = 128 if jax.default_backend() == "cpu" else 512
-        y_BTHV = _in_blocks(q, k, v, query_time, earliest, key_time, scale, block)
+        y_BTHV, mass_BTH = _in_blocks(q, k, v, query_time, earliest, key_time, scale, block)
     else:
         raise ValueError(f"attention: implementation is {implementation!r}, not naive, blocks, cudnn or auto")
-    return y_BTHV.astype(q_BTHK.dtype)
+    return y_BTHV.astype(q_BTHK.dtype), mass_BTH
 
 
 def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> str:
@@ -121,7 +168,7 @@ def _naive(
     earliest_BT: Array,
     key_time_BS: Array,
     scale: float,
-) -> Array:
+) -> tuple[Array, Array]:
     (B, T, H, _), (G, S) = q_BTHK.shape, k_BGSK.shape[1:3]
     kind = wide(q_BTHK)
     # The queries of a group as rows of one matrix: a form of product for which no backend turns a cache around.
@@ -136,7 +183,9 @@ def _naive(
     p_BGRS = p_BHTS.reshape(s_BGRS.shape)
     total_BGR1 = p_BGRS.sum(-1, keepdims=True)
     y_BGRV = jnp.einsum("bgrs,bgsv->bgrv", p_BGRS.astype(v_BGSV.dtype), v_BGSV, preferred_element_type=kind)
-    return rearrange(y_BGRV / jnp.where(total_BGR1 > 0, total_BGR1, 1), "b g (h t) v -> b t (g h) v", t=T)
+    total_BGR1 = jnp.where(total_BGR1 > 0, total_BGR1, 1)
+    mass_BTH = (top_BHT1 + jnp.log(total_BGR1.reshape(top_BHT1.shape)))[..., 0].swapaxes(1, 2)
+    return rearrange(y_BGRV / total_BGR1, "b g (h t) v -> b t (g h) v", t=T), mass_BTH
 
 
 # Blocks. N blocks of queries, each with R rows (its queries times the heads of a group); J blocks of C keys. A lane is
@@ -163,7 +212,7 @@ def _in_blocks(
     key_time_BS: Array,
     scale: float,
     block: int,
-) -> Array:
+) -> tuple[Array, Array]:
     (T, H), (G, S) = q_BTHK.shape[1:3], k_BGSK.shape[1:3]
     Q, C = _even(T, block), _even(S, block)
     q_BGNRK = rearrange(_pad(q_BTHK, 1, Q), "b (n q) (g h) k -> b g n (h q) k", q=Q, g=G)
@@ -177,8 +226,9 @@ def _in_blocks(
     key_time_BJC = rearrange(_pad(key_time_BS, 1, C, -1), "b (j c) -> b j c", c=C)
     meet_NJ = _meet(latest_BNR, earliest_BNR, key_time_BJC)
     times = _Times(latest_BNR, earliest_BNR, key_time_BJC, _span(meet_NJ), _span(meet_NJ.T))
-    y_BGNRV = _flash(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)
-    return rearrange(y_BGNRV, "b g n (h q) v -> b (n q) (g h) v", q=Q)[:, :T]
+    y_BGNRV, mass_BGNR = _flash(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)
+    mass_BTH = rearrange(mass_BGNR, "b g n (h q) -> b (n q) (g h)", q=Q)[:, :T]
+    return rearrange(y_BGNRV, "b g n (h q) v -> b (n q) (g h) v", q=Q)[:, :T], mass_BTH
 
 
 def _even(length: int, block: int) -> int:
@@ -224,20 +274,21 @@ def _over_lanes(lane: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float) -> Array:
+def _flash(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float) -> tuple[Array, Array]:
     return _flash_forward(q_BGNRK, k_BGJCK, v_BGJCV, times, scale)[0]
 
 
 def _flash_forward(q_BGNRK: Array, k_BGJCK: Array, v_BGJCV: Array, times: _Times, scale: float):
     lane = functools.partial(_lane_forward, scale=scale)
     y_BGNRV, lse_BGNR = _over_lanes(lane)(times, q_BGNRK, k_BGJCK, v_BGJCV)
-    return y_BGNRV, (q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR)
+    return (y_BGNRV, lse_BGNR), (q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR)
 
 
-def _flash_backward(scale: float, kept, dy_BGNRV: Array):
+def _flash_backward(scale: float, kept, slopes: tuple[Array, Array]):
     q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR = kept
-    # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t.
-    dot_BGNR = jnp.sum(dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype), -1)
+    dy_BGNRV, dlse_BGNR = slopes
+    # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t; the slope of the log-sum-exp is p_ts.
+    dot_BGNR = jnp.sum(dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype), -1) - dlse_BGNR
     lane = functools.partial(_lane_backward, scale=scale)
     dq, dk, dv = _over_lanes(lane)(times, q_BGNRK, k_BGJCK, v_BGJCV, dy_BGNRV, lse_BGNR, dot_BGNR)
     return dq, dk, dv, None

@@ -11,6 +11,9 @@ instead A_t = anchor + row_t · (sum of the chunk's U).) A chunk is C tokens of 
 size belongs to the model. With C = 1 this is online gradient descent; with C > 1 all gradients of a chunk are taken at
 its anchor, which is another function, and the one that can be computed in parallel.
 
+A memory of one matrix needs no such bargain: what each step says of the next is linear, and a triangular system of C by
+C tells all steps of C tokens at once ("exact"). There C is only how the work is cut up, and changes nothing.
+
 "naive" is the definition, token by token. "dual" never forms a token's weights: a gradient is an outer product of what
 a matrix read and the slope at what it answered, so that C tokens cost a few products of C by C (TTT, appendix A,
 generalised to any memory of matrix products, momentum and decay). "materialised" holds the weights of all tokens of a
@@ -20,7 +23,7 @@ chunk: it serves what the dual form cannot, retentions that are not linear and s
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +32,10 @@ from jax import Array
 from layers.ops.chunk_tables import Open, Table, averaging, fade, fading, same
 from layers.ops.fast_weights import Lin
 from layers.ops.precision import HIGHEST, wide
+from layers.ops.triangular import unit_lower_inverse
 
 Weights = dict[str, Array]  # by name of the matrix: [..., inputs, outputs]; applied from the right
-Engine = Literal["auto", "naive", "dual", "materialised"]
+Engine = Literal["auto", "naive", "dual", "materialised", "exact"]
 Remat = Literal["none", "body", "both"]
 
 
@@ -50,6 +54,10 @@ class Rule(NamedTuple):
     chunk: int = 16
     read: Literal["post", "pre"] = "post"  # y_t sees A_t, or A_{t-1}
     average: bool = False  # TTT: A_t = anchor + row_t · sum of U
+    # Each gradient is taken at A_{t-1}, whatever the chunk, and the matrix "w0" is the whole memory. Says what `slope`
+    # is: y - v ("l2") or -v ("dot"). Gates are one a head.
+    exact: Literal["l2", "dot"] | None = None
+    decayed: bool = False  # with `exact`: the gradient is taken at keep_t A_{t-1} instead
 
 
 class Gate(NamedTuple):
@@ -95,8 +103,12 @@ def test_time_memory(
     the square root of the number of chunks, instead of all). wanted: whether the state is; where it is not (None comes
     back) and none came, no anchor is carried.
     """
-    if implementation not in ("auto", "naive", "dual", "materialised"):
-        raise ValueError(f"implementation {implementation!r}: choose naive, dual, materialised or auto")
+    if implementation not in get_args(Engine):
+        raise ValueError(f"implementation {implementation!r}: choose naive, dual, materialised, exact or auto")
+    if implementation not in ("auto", "naive") and (implementation == "exact") != (rule.exact is not None):
+        raise ValueError(f"implementation {implementation!r} does not serve a rule whose `exact` is {rule.exact}")
+    if rule.exact is not None and (rule.retention, rule.step, rule.average, set(gates)) != (None, None, False, {"w0"}):
+        raise ValueError("an exact rule has one matrix, w0, that fades by itself, and steps applied as they are")
     if implementation == "dual" and (rule.retention is not None or rule.step is not None):
         raise ValueError("the dual form serves linear retentions and steps only: choose materialised or auto")
     if len({gate.log_momentum is None for gate in gates.values()}) > 1:
@@ -120,12 +132,13 @@ def test_time_memory(
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
 
     C = rule.chunk
-    most, least = T + 1, 2 * -(-T // C) + 8  # chunks, should every token start a document; and what is usual
+    # Chunks, should every token start a document; and what is usual, or costs little whether there are so many or not.
+    most, least = T + 1, max(2 * -(-T // C) + 8, 1024 // C)
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
     else:
         materialised = implementation == "materialised" or rule.retention is not None or rule.step is not None
-        piece = _materialised if materialised else _dual
+        piece = _exact if rule.exact else _materialised if materialised else _dual
         run = functools.partial(_chunked, rule, piece, loose, remat)
         if known:
             y, state = run(-(-T // C), xs, begin, outer, row, state, pos)
@@ -162,7 +175,7 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
     weights, momentum = start
     if momentum is None and (rule.average or any(gate.log_momentum is not None for gate in gates.values())):
         momentum = jax.tree.map(jnp.zeros_like, weights)
-    return State(weights, momentum, None if rule.chunk == 1 else weights)
+    return State(weights, momentum, None if rule.chunk == 1 or rule.exact else weights)
 
 
 SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
@@ -234,6 +247,8 @@ def _naive(
         one = jax.tree.map(lambda a: a[None], x)
         A, S = state.weights, state.momentum
         anchor = A if state.anchor is None else state.anchor
+        if rule.decayed:
+            anchor = {n: a if (log := one.gates[n].log_keep) is None else jnp.exp(log) * a for n, a in anchor.items()}
         slopes = _pull(rule, _retained(rule, anchor), one.k, one.v, one.threshold, outer)
         new_A, new_S = {}, {}
         for name, gate in one.gates.items():
@@ -410,6 +425,37 @@ def _dual(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> 
                 held, holds = t.momentum
                 new_S[name] = held * S[name] + jnp.matmul(seen[name].T, holds * pushed[name], precision=HIGHEST)
     return State(_still(rule, x, new_A, A), None if S is None else new_S, state.anchor), y
+
+
+def _exact(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
+    """A chunk of one head of one matrix: U_i = k_i R_i^T, and each R is linear in the earlier ones.
+
+    (Momentum DeltaNet, arXiv 2605.05838, has the same idea for its own recurrence.)
+    """
+    A, S, gate = state.weights["w0"], None if state.momentum is None else state.momentum["w0"], x.gates["w0"]
+    table, before = fading(gate, rule.read == "pre"), fading(gate, True)
+
+    def recall(t: Table, z: Array) -> Array:
+        """What the A_0 and S_0 in the weights of each token answer."""
+        y = t.own * jnp.matmul(z, A, precision=HIGHEST)
+        return y if t.past is None or S is None else y + t.past * jnp.matmul(z, S, precision=HIGHEST)
+
+    if rule.exact == "l2":
+        erase = jnp.exp(gate.log_keep) * x.k if rule.decayed and gate.log_keep is not None else x.k
+        lower = gate.lr * before.mix[..., 0] * jnp.matmul(erase, x.k.T, precision=HIGHEST)
+        R = jnp.matmul(unit_lower_inverse(lower), gate.lr * (x.v - recall(before, erase)), precision=HIGHEST)
+    else:
+        R = gate.lr * x.v
+    match = table.mix[..., 0] * jnp.matmul(x.q, x.k.T, precision=HIGHEST)
+    y = recall(table, x.q) + jnp.matmul(match, R, precision=HIGHEST)
+    own, past, mix = table.end
+    new_A, new_S = own * A + jnp.matmul(x.k.T, mix * R, precision=HIGHEST), None
+    if S is not None:
+        if past is not None:
+            new_A += past * S
+        held, holds = table.momentum if table.momentum is not None else (jnp.ones_like(own), jnp.ones_like(gate.lr))
+        new_S = {"w0": held * S + jnp.matmul(x.k.T, holds * R, precision=HIGHEST)}
+    return State({"w0": new_A}, new_S, state.anchor), y
 
 
 def _materialised(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
