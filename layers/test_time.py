@@ -25,7 +25,7 @@ from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
-from layers.ops.test_time import Engine, Gate, Remat, Rule, State, Weights, test_time_memory
+from layers.ops.test_time import Engine, Gate, Remat, Rule, State, Weights, recall, test_time_memory
 
 KEEP = 5.0  # logit of keep at the start: 0.7% is forgotten at a token
 
@@ -228,7 +228,7 @@ class TestTimeLayer(Layer):
 
     def init_state(self, B: int, T: int) -> TestTimeState:
         """The memory with which a document starts."""
-        weights, momentum = self._start(jnp.dtype(jnp.float32))
+        weights, momentum = self.begin(jnp.dtype(jnp.float32))
         weights, momentum = jax.tree.map(
             lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), (weights, momentum)
         )
@@ -236,13 +236,18 @@ class TestTimeLayer(Layer):
         return TestTimeState(weights, momentum, anchor, self.convs.init_tails(B))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
+        return self.learn(x_BTD, tokens.pos_BT, state)
+
+    def learn(self, x_BTD: Array, pos: Array, state: TestTimeState | None = None, chunks: int | None = None) -> Out:
+        """The call itself, for layers around this one. chunks: how many a row holds at most, if that is known."""
         memory = None if state is None else State(*state[:3])
-        dtype, pos = wide(x_BTD), tokens.pos_BT
+        dtype = wide(x_BTD)
         if state is None or self.persistent is None:
-            start = self._start(dtype)
+            start = self.begin(dtype)
         else:  # a piece in which no document begins, such as a token that is decoded, need not read the persistent ones
-            start = jax.lax.cond(jnp.any(pos == 0), lambda: self._start(dtype), lambda: self._blank(dtype))
-        y, after, tails, said = self._learn(x_BTD, pos, memory, None if state is None else state.tails, start)
+            start = jax.lax.cond(jnp.any(pos == 0), lambda: self.begin(dtype), lambda: self._blank(dtype))
+        tails = None if state is None else state.tails
+        y, after, tails, said = self._learn(x_BTD, pos, memory, tails, start, chunks=chunks)
         y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         new = None
         if state is not None and after is not None:
@@ -250,7 +255,13 @@ class TestTimeLayer(Layer):
             new = TestTimeState(kept.weights, kept.momentum, kept.anchor, tails)
         return Out(self.out(y), new, said)
 
-    def _start(self, dtype: jnp.dtype) -> tuple[Weights, Weights | None]:
+    def recall(self, q_BTHK: Array, weights: Weights) -> Array:
+        """What a memory of `weights` [B, H, inputs, outputs] answers to queries, made of unit length; y_BTHV."""
+        dtype = next(iter(weights.values())).dtype
+        outer = {name: p[...].astype(dtype) for name, p in self.outer.items()}
+        return recall(self.rule, l2_norm(q_BTHK), weights, outer).astype(q_BTHK.dtype)
+
+    def begin(self, dtype: jnp.dtype) -> tuple[Weights, Weights | None]:
         """Weights and momentum at a document's start: the initial ones, after the persistent tokens."""
         weights, momentum = self._blank(dtype)
         if self.persistent is None:
@@ -274,6 +285,7 @@ class TestTimeLayer(Layer):
         tails: Tails | None,
         start: tuple[Weights, Weights | None],
         wanted: bool = False,
+        chunks: int | None = None,
     ) -> tuple[Array, State | None, Tails, dict[str, Array]]:
         c = self.config
         (q, k, v), tails = self.convs((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), pos, tails)
@@ -302,6 +314,7 @@ class TestTimeLayer(Layer):
             implementation=self._engine(),
             remat=c.remat,
             wanted=wanted or memory is not None,
+            chunks=chunks,
         )
         said = {"lr": lr, "keep": None if keep is None else jnp.exp(keep)}
         said |= {"momentum": None if momentum is None else jnp.exp(momentum)}

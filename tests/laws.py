@@ -47,7 +47,7 @@ from reading import (
 
 from layers.layer import Layer, LayerConfig, Tokens
 
-LONG = 4096
+MANY, LONG = 1024, 4096  # tokens of a long run, in every test run and in `make test-slow`
 
 Law = Callable[[LayerConfig], None]
 LAWS: dict[str, Law] = {}
@@ -276,25 +276,25 @@ INPUTS = ("usual", "x100", "constant", "positive", "zero")
 
 
 @functools.lru_cache(maxsize=4)
-def long_run(config: LayerConfig, scale: int) -> tuple[np.ndarray, Tokens, tuple[Any, ...]]:
-    """4096 bfloat16 tokens, a row for each of INPUTS, through the initial layer with scaled Params: x and slopes."""
-    x_BTD = stream(LONG, rows=len(INPUTS))
+def long_run(config: LayerConfig, scale: int, T: int = MANY) -> tuple[np.ndarray, Tokens, tuple[Any, ...]]:
+    """T bfloat16 tokens, a row for each of INPUTS, through the initial layer with scaled Params: x and slopes."""
+    x_BTD = stream(T, rows=len(INPUTS))
     x_BTD[1] *= 100 if scale == 1 else 1
     x_BTD[2], x_BTD[3], x_BTD[4] = x_BTD[2, :1], np.abs(x_BTD[3]), 0
     x_BTD = x_BTD.astype(jnp.bfloat16)
-    first = pad(places(LONG, 1000, 2048), (0, 5), (3000, 3100))
-    said = tokens(np.stack([first, *[places(LONG)] * (len(INPUTS) - 1)]))
+    first = pad(places(T, T // 4 - 24, T // 2), (0, 5), (3 * T // 4 - 72, 3 * T // 4 + 28))
+    said = tokens(np.stack([first, *[places(T)] * (len(INPUTS) - 1)]))
     layer = jax.tree.map(lambda a: a * np.asarray(scale, a.dtype), copy(build(config)))
-    dy_BTD = stream(LONG, 1, len(INPUTS)).astype(jnp.bfloat16)
+    dy_BTD = stream(T, 1, len(INPUTS)).astype(jnp.bfloat16)
     return x_BTD, said, jax.device_get(slopes(layer, x_BTD, said, dy_BTD))
 
 
 @law
-def finite_gradients(config: LayerConfig) -> None:
-    """bfloat16, 4096 tokens: large, constant, all-positive and zero inputs; Params tenfold, reversed, or all zero."""
+def finite_gradients(config: LayerConfig, T: int = MANY) -> None:
+    """bfloat16, many tokens: large, constant, all-positive and zero inputs; Params tenfold, reversed, or all zero."""
     assert all(is_float(a) for a in jax.tree.leaves(build(config))), "a leaf is no float: it would break every gradient"
     for scale in (1, 10, -10, 0):
-        _, _, (value, _, d_layer, dx_BTD) = long_run(config, scale)
+        _, _, (value, _, d_layer, dx_BTD) = long_run(config, scale, T)
         finite = np.isfinite(dx_BTD.astype(np.float32)).all((1, 2))
         rows = [name for name, ok in zip(INPUTS, finite, strict=True) if not ok]
         assert not rows, f"Params x{scale}: the gradient in x is not finite for inputs {rows}"
@@ -472,7 +472,7 @@ def bfloat16_stays_close(config: LayerConfig) -> None:
     """
     T = length(config)
     x_BTD, said, (_, y_BTD, *_) = long_run(config, 1)
-    rows = [INPUTS.index("usual"), INPUTS.index("positive")]  # causal: the first T of 4096 tokens stand alone
+    rows = [INPUTS.index("usual"), INPUTS.index("positive")]  # causal: the first T tokens stand alone
     x_BTD, said = x_BTD[rows, :T].astype(np.float64), Said(*(a[rows, :T] for a in said))
     with jax.enable_x64(True):
         want_BTD = np.asarray(pull(cast(copy(build(config)), np.float64), x_BTD, said, x_BTD)[0])

@@ -89,8 +89,8 @@ def test_any_cut_of_time(float64, options):
 
 def test_more_documents_than_chunks_foreseen(float64):
     """So many short documents that the layout does not hold them: the definition takes over, under one program."""
-    T = 60
-    case = Case(T, chunk=16)
+    T = 100
+    case = Case(T, chunk=64)
     tiny = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) % 3, (B, T))
     usual = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) % 37, (B, T))
     run = jax.jit(lambda pos: case.call(case.arrays, pos))

@@ -22,9 +22,11 @@ Outer = dict[str, Array]  # scale and shift [V], of the layer norm
 
 
 def layer_norm(x: Array) -> Array:
-    """Zero mean and unit variance over the last axis."""
+    """Zero mean and unit variance over the last axis; large numbers are made small first, so that no square is inf."""
     x = x - jnp.mean(x, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LEAST)
+    large = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1.0))
+    x = x / large
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + LEAST / jnp.square(large))
 
 
 def mlp(depth: int, bias: bool, lin: Lin, x: Array, outer: Outer) -> Array:

@@ -31,6 +31,7 @@ from jax import Array
 
 from layers.ops.chunk_tables import Open, Table, averaging, fade, fading, same
 from layers.ops.fast_weights import Lin
+from layers.ops.grid import gather, grid, lay, needed
 from layers.ops.precision import HIGHEST, wide
 from layers.ops.triangular import unit_lower_inverse
 
@@ -93,6 +94,7 @@ def test_time_memory(
     implementation: Engine = "auto",
     remat: Remat = "both",
     wanted: bool = True,
+    chunks: int | None = None,
 ) -> tuple[Array, State | None]:
     """Returns (y_BTHV in the dtype of v, the state after the last token, float32 or float64).
 
@@ -101,7 +103,7 @@ def test_time_memory(
     state: None for the start. pos: int [B, T] as in layers.layer.Tokens; None for a document from its start.
     remat: what the backward pass recomputes: nothing, each chunk, or groups of chunks as well (memory of about twice
     the square root of the number of chunks, instead of all). wanted: whether the state is; where it is not (None comes
-    back) and none came, no anchor is carried.
+    back) and none came, no anchor is carried. chunks: the most that a row holds, where that is known.
     """
     if implementation not in get_args(Engine):
         raise ValueError(f"implementation {implementation!r}: choose naive, dual, materialised, exact or auto")
@@ -142,11 +144,11 @@ def test_time_memory(
         run = functools.partial(_chunked, rule, piece, loose, remat)
         if known:
             y, state = run(-(-T // C), xs, begin, outer, row, state, pos)
-        elif most <= least:
-            y, state = run(most, xs, begin, outer, row, state, pos)
+        elif most <= least or chunks is not None:
+            y, state = run(chunks or most, xs, begin, outer, row, state, pos)
         else:
             y, state = jax.lax.cond(
-                jnp.max(_places(pos, C)[0]) < least,
+                needed(pos, C) <= least,
                 functools.partial(run, least),
                 functools.partial(_naive, rule),
                 *(xs, begin, outer, row, state, pos),
@@ -179,28 +181,29 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
 
 
 SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
-LARGEST = 1e6  # of the loss's slope in a carried weight
+LARGEST = 1e6  # of the loss's slope in what a chunk reads: the state, its tokens
 
 
 @jax.custom_vjp
-def _bounded(state: State) -> State:
-    """The state; its cotangent, by head and array, scaled down where an entry is beyond LARGEST.
+def bounded(state: Any) -> Any:
+    """A tree of arrays; its cotangent, by matrix (the last two axes), scaled down where an entry is beyond LARGEST.
 
     A learner driven past its stable range is chaotic: the slope in where it began grows with every chunk, until it is
-    infinite. Bounded, it is merely large, which clipping can deal with. Below the bound nothing changes.
+    infinite. Bounded, it is merely large, which clipping can deal with; and where it is infinite within one chunk, it
+    says nothing, and counts as zero. Below the bound nothing changes.
     """
     return state
 
 
-def _bound(_: None, cotangent: State) -> tuple[State]:
+def _bound(_: None, cotangent: Any) -> tuple[Any]:
     def scaled(g: Array) -> Array:
-        most = jnp.max(jnp.abs(g), (-2, -1), keepdims=True)
-        return g * jnp.minimum(1.0, LARGEST / jnp.maximum(most, LARGEST))
+        most = jnp.max(jnp.abs(g), tuple(range(max(g.ndim - 2, 0), g.ndim)), keepdims=True)
+        return jnp.where(jnp.isfinite(most), g * (LARGEST / jnp.maximum(most, LARGEST)).astype(g.dtype), 0)
 
     return (jax.tree.map(scaled, cotangent),)
 
 
-_bounded.defvjp(lambda state: (state, None), _bound)
+bounded.defvjp(lambda state: (state, None), _bound)
 
 
 def _heads(function: Callable, batched: tuple[bool, ...]) -> Callable:
@@ -237,6 +240,16 @@ def _pull(rule: Rule, W: Weights, k: Array, v: Array, threshold: Array | None, o
     return back(rule.slope(y, v, threshold))[0]
 
 
+def recall(rule: Rule, q_BTHK: Array, weights: Weights, outer: Any = ()) -> Array:
+    """What a memory of `weights`, [B, H, inputs, outputs] each, answers, y_BTHV; nothing is learned."""
+
+    def head(q: Array, A: Weights, outer: Any) -> Array:
+        return rule.memory(_plain(_retained(rule, A)), q, outer)
+
+    q_BHTK = q_BTHK.astype(next(iter(weights.values())).dtype).swapaxes(1, 2)
+    return _heads(head, (True, True, False))(*bounded((q_BHTK, weights, outer))).swapaxes(1, 2)
+
+
 def _naive(
     rule: Rule, xs: Token, begin: State, outer: Any, row: Array | None, state: State, pos: Array
 ) -> tuple[Array, State]:
@@ -270,9 +283,9 @@ def _naive(
 
     def step(state: State, timed: tuple[Token, Array]) -> tuple[State, Array]:
         x, pos_B = timed
-        state = _turn(rule, _bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
+        state = _turn(rule, bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
         row_BH = None if row is None else row.T[jnp.maximum(pos_B, 0) % C]
-        return every(state, x, row_BH, outer)
+        return every(state, bounded(x), row_BH, bounded(outer))
 
     T = pos.shape[1]
     group = math.isqrt(T) if T > 64 else 1
@@ -292,18 +305,6 @@ def _scan(body: Callable, state: State, xs: Any, group: int) -> tuple[State, Arr
     return state, y.reshape(-1, *y.shape[2:])
 
 
-def _places(pos: Array, C: int) -> tuple[Array, Array]:
-    """The chunk of each token, counted in its row, and the chunk and slot as one number; pos [B, T], both [B, T].
-
-    A row that goes on within a chunk has that as its chunk 0; so has one that begins with a new one.
-    """
-    valid = pos >= 0
-    count = jnp.cumsum(valid & (pos % C == 0), 1, dtype=jnp.int32)
-    goes_on = jnp.any(valid & (count == 0), 1, keepdims=True)
-    chunk = count - jnp.where(goes_on, 0, 1)
-    return jnp.where(valid, chunk, 0), chunk * C + pos % C
-
-
 def _chunked(
     rule: Rule,
     piece: Callable,
@@ -318,24 +319,14 @@ def _chunked(
     pos: Array,
 ) -> tuple[Array, State]:
     """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
-    C, (B, T) = rule.chunk, pos.shape
-    _, place_BT = _places(pos, C)
     group = math.isqrt(N) if remat == "both" and N > 16 else 1
     N = -(-N // group) * group
-    place_BT = jnp.where(pos >= 0, place_BT, N * C)
-    t_T, none_P = jnp.arange(T, dtype=jnp.int32), jnp.full(N * C, T, jnp.int32)
-    token_BP = jax.vmap(lambda place_T: none_P.at[place_T].set(t_T, mode="drop"))(place_BT)
-
-    def lay(x: Array) -> Array:
-        """[B, T, ...] -> [N, B, C, ...], zeros where there is no token: there no gate is open."""
-        x = jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.take_along_axis(x, token_BP.reshape(token_BP.shape + (1,) * (x.ndim - 2)), 1)
-        return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 1, 0)
-
-    chunks = jax.tree.map(lambda x: jnp.swapaxes(lay(x), 2, 3), xs)  # [N, B, H, C, ...]
-    valid_NBC = lay(pos >= 0)
-    starts_NB = jnp.any(lay(pos == 0), -1)
-    boundary_NB = jnp.any(lay((pos >= 0) & (pos % C == 0)), -1)
+    where = grid(pos, rule.chunk, N)
+    # Zeros where there is no token: there no gate is open.
+    chunks = jax.tree.map(lambda x: jnp.swapaxes(lay(where, x), 2, 3), xs)  # [N, B, H, C, ...]
+    valid_NBC, pos_NBC = where.token_NBC < pos.shape[1], lay(where, pos, -1)
+    starts_NB = jnp.any(pos_NBC == 0, -1)
+    boundary_NB = jnp.any(valid_NBC & (pos_NBC % rule.chunk == 0), -1)
     if loose:
         state = state._replace(anchor=None)
 
@@ -345,7 +336,8 @@ def _chunked(
         x, valid_BC, starts_B, boundary_B = x
 
         def learn(state: State) -> tuple[State, Array]:
-            return every(_turn(rule, _bounded(state), begin, starts_B, boundary_B), x, row, outer)
+            state = _turn(rule, bounded(state), begin, starts_B, boundary_B)
+            return every(state, bounded(x), row, bounded(outer))
 
         def rest(state: State) -> tuple[State, Array]:
             return state, jnp.zeros_like(x.v)
@@ -358,9 +350,7 @@ def _chunked(
     state, y = _scan(body, state, inputs, group)
     if begin.anchor is not None and state.anchor is None:
         state = state._replace(anchor=state.weights)  # for the form; it is not wanted
-    y_BPHV = jnp.moveaxis(y, (0, 3), (1, 2)).reshape(B, N * C, *y.shape[2:3], y.shape[-1])
-    y_BPHV = jnp.pad(y_BPHV, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    return jnp.take_along_axis(y_BPHV, place_BT[:, :, None, None], 1), state
+    return gather(where, jnp.swapaxes(y, 2, 3)), state
 
 
 def _still(rule: Rule, x: Token, new: Weights, old: Weights) -> Weights:
