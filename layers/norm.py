@@ -41,3 +41,25 @@ class RMSNorm(nnx.Module):
         if gate is not None:
             y = y * self.activation(gate.astype(y.dtype))
         return y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation with a learned scale and shift over all axes named (Ba et al. 2016, arXiv 1607.06450).
+
+    `LayerNorm("HV", H=4, V=16)` norms the last two axes of [B, T, H, V] as one.
+    """
+
+    def __init__(self, axes: str, *, eps: float = 1e-6, **sizes: int):
+        shape = [sizes[a] for a in axes]
+        self.eps, self.over = eps, tuple(range(-len(axes), 0))
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), axes=axes, decay=False)
+        self.shift = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, decay=False)
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(wide(x))
+        y = y - jnp.mean(y, self.over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), self.over, keepdims=True) + self.eps)
+        scale, shift = (
+            p[...].astype(y.dtype).reshape((1,) * (y.ndim - p.ndim) + p.shape) for p in (self.scale, self.shift)
+        )
+        return (y * scale + shift).astype(x.dtype)

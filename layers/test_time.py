@@ -1,11 +1,10 @@
 """Test-time memory, any kind: a small network in each head that learns to answer keys with values as tokens pass.
 
 Four choices make one (Miras, arXiv 2504.13173): the network, the loss it descends, what it retains, and how a step is
-taken. Titans (2501.00663; layers/titans.py) is a name for some of them; a new one is a line in a config:
+taken. Titans (2501.00663; layers/titans.py), Moneta, Yaad and Memora (layers/miras.py) are names for some of them; a
+new one is a line in a config:
 
-    TestTimeMemory(loss="lp", retention="lq_mirror", momentum=False, gates="output")      # Moneta
-    TestTimeMemory(loss="huber_norm", momentum=False, gates="output")                     # Yaad
-    TestTimeMemory(retention="kl", momentum=False, gates="output")                        # Memora
+    TestTimeMemory(loss="huber_norm", retention="elastic", scale=0.01, chunk=32)
 """
 
 import dataclasses
@@ -27,6 +26,10 @@ from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
 from layers.ops.test_time import Engine, Gate, Remat, Rule, State, Weights, recall, test_time_memory
 
+Loss = Literal["l2", "dot", "huber_norm", "huber_coord", "huber_mix", "lp"]
+Retention = Literal["decay", "kl", "bounded", "lq_printed", "lq_mirror", "elastic"]
+Gates = Literal["matrix", "head", "output"]
+BLOCK = 128
 KEEP = 5.0  # logit of keep at the start: 0.7% is forgotten at a token
 
 
@@ -52,6 +55,9 @@ class TestTimeMemory(LayerConfig):
         and serve with the same. 1 is online gradient descent, exactly; more is another function, and many times faster.
     exact: every gradient is taken at the weights of the token before, at full speed: of a memory of one matrix without
         norm, loss "l2" or "dot", plain steps and decay, one gate a head. `chunk` is then how the work is cut, no more.
+    update: "chunk": one step for all tokens of a chunk, taken when the next one begins; they read the weights from
+        before (LaCT, arXiv 2505.23884, with chunks of thousands of tokens). Nothing fades: say keep=False, and maybe
+        `renorm`: the weights into each unit keep the length with which the document began.
     grad_at: with `exact`, whether those weights have faded first ("decayed", as in the gated delta rule) or not yet.
     lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
         through a chunk bears; (1 - momentum_max) with `exact`.
@@ -71,17 +77,19 @@ class TestTimeMemory(LayerConfig):
     memory: Literal["mlp", "swiglu"] = "mlp"
     depth: int = 2
     norm: bool = True
-    loss: Literal["l2", "dot", "huber_norm", "huber_coord", "huber_mix", "lp"] = "l2"
+    loss: Loss = "l2"
     power: float = 3.0
-    retention: Literal["decay", "kl", "bounded", "lq_printed", "lq_mirror", "elastic"] = "decay"
+    retention: Retention = "decay"
     power_q: float = 4.0
     scale: float = 1.0
     momentum: bool = True
     keep: bool = True
     step: Literal["plain", "orthogonal"] = "plain"
-    gates: Literal["matrix", "head", "output"] = "matrix"
+    gates: Gates = "matrix"
     rank: int = 32
     chunk: int = 16
+    update: Literal["token", "chunk"] = "token"
+    renorm: bool = False
     exact: bool = False
     grad_at: Literal["undecayed", "decayed"] = "undecayed"
     lr_max: float | None = None
@@ -115,6 +123,12 @@ class TestTimeMemory(LayerConfig):
                 raise ValueError(f"{name}.exact needs loss 'l2' or 'dot', and gates 'matrix' or 'head'")
         elif self.grad_at == "decayed":
             raise ValueError(f"{name}.grad_at is 'decayed', which needs exact = True")
+        if self.update == "chunk":
+            for field, value in {"exact": False, "keep": False, "retention": "decay"}.items():
+                if getattr(self, field) != value:
+                    raise ValueError(f"{name}.update = 'chunk' needs {field} = {value!r}, not {getattr(self, field)!r}")
+        elif self.renorm:
+            raise ValueError(f"{name}.renorm is True, which needs update = 'chunk'")
         span = 1 if self.exact else self.chunk
         load = span * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
         if load > 2 and span > 1:
@@ -137,18 +151,10 @@ class TestTimeMemory(LayerConfig):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         return (
-            cls(
-                H=2,
-                K=8,
-                depth=1,
-                loss="huber_norm",
-                retention="bounded",
-                gates="output",
-                rank=4,
-                chunk=4,
-                read="pre",
-                persistent=3,
-            ),
+            cls(H=2, K=8, F=6, chunk=4, persistent=3),
+            cls(H=2, K=8, chunk=4, depth=1, loss="huber_norm", retention="bounded", gates="output", rank=4, read="pre"),
+            cls(H=2, K=8, F=6, chunk=6, update="chunk", keep=False, memory="swiglu", step="orthogonal", renorm=True),
+            cls(H=2, K=8, chunk=16, exact=True, depth=1, norm=False, persistent=2),
         )
 
 
@@ -159,11 +165,16 @@ def typed(cls: type) -> dict[str, tuple[str, ...]]:
 
 
 class TestTimeState(NamedTuple):
-    """weights, momentum, anchor (what the chunk began with): by matrix, [B, H, inputs, outputs] float32."""
+    """weights, momentum, anchor (what the chunk began with), and with update="chunk" pending, the sum of its steps.
+
+    By matrix, [B, H, inputs, outputs] float32. tally: [B, H, 1, 1], the sum of the chunk's momentum gates.
+    """
 
     weights: Weights
     momentum: Weights | None
     anchor: Weights | None
+    pending: Weights | None
+    tally: Array | None
     tails: Tails
 
 
@@ -232,15 +243,20 @@ class TestTimeLayer(Layer):
         weights, momentum = jax.tree.map(
             lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), (weights, momentum)
         )
-        anchor = None if self.config.chunk == 1 or self.config.exact else weights
-        return TestTimeState(weights, momentum, anchor, self.convs.init_tails(B))
+        state = State(weights, momentum, weights)
+        if self.config.update == "chunk":
+            tally = jnp.zeros((B, self.config.H, 1, 1), jnp.float32)
+            state = State(weights, momentum, None, jax.tree.map(jnp.zeros_like, weights), tally)
+        elif self.config.chunk == 1 or self.config.exact:
+            state = state._replace(anchor=None)
+        return TestTimeState(**state._asdict(), tails=self.convs.init_tails(B))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
         return self.learn(x_BTD, tokens.pos_BT, state)
 
     def learn(self, x_BTD: Array, pos: Array, state: TestTimeState | None = None, chunks: int | None = None) -> Out:
         """The call itself, for layers around this one. chunks: how many a row holds at most, if that is known."""
-        memory = None if state is None else State(*state[:3])
+        memory = None if state is None else State(*state[:-1])
         dtype = wide(x_BTD)
         if state is None or self.persistent is None:
             start = self.begin(dtype)
@@ -252,7 +268,7 @@ class TestTimeLayer(Layer):
         new = None
         if state is not None and after is not None:
             kept = jax.tree.map(lambda new, old: new.astype(old.dtype), after, memory)
-            new = TestTimeState(kept.weights, kept.momentum, kept.anchor, tails)
+            new = TestTimeState(**kept._asdict(), tails=tails)
         return Out(self.out(y), new, said)
 
     def recall(self, q_BTHK: Array, weights: Weights) -> Array:
@@ -336,6 +352,8 @@ class TestTimeLayer(Layer):
             return self.config.implementation
         if self.rule.exact:
             return "exact"
+        if self.rule.whole:
+            return "auto"
         return "dual" if self.rule.retention is None and self.rule.step is None else "materialised"
 
 
@@ -356,5 +374,18 @@ def rule_of(config: TestTimeMemory) -> Rule:
     step = fw.newton_schulz if c.step == "orthogonal" else None
     network = fw.network(c.memory, c.depth)
     exact: Any = c.loss if c.exact else None
-    decayed = c.grad_at == "decayed"
-    return Rule(network, slopes[c.loss], retentions[c.retention], step, c.chunk, c.read, exact=exact, decayed=decayed)
+    whole = c.chunk if c.update == "chunk" else None
+    # How the work is cut where that changes nothing: C by C tables, and tokens laid out by C, are best kept small.
+    chunk = c.chunk if whole is None else max(n for n in range(1, min(whole, BLOCK) + 1) if whole % n == 0)
+    return Rule(
+        network,
+        slopes[c.loss],
+        retentions[c.retention],
+        step,
+        chunk,
+        c.read,
+        exact=exact,
+        decayed=c.grad_at == "decayed",
+        whole=whole,
+        renorm=c.renorm,
+    )

@@ -8,7 +8,8 @@ import numpy as np
 from jax import Array
 
 from layers.ops import fast_weights as fw
-from layers.ops.test_time import Gate, Rule, State, Token, test_time_memory
+from layers.ops.memory_forms import Rule, State, Token
+from layers.ops.test_time import Gate, test_time_memory
 
 B, H, K, F = 2, 2, 6, 8
 NETWORKS = {
@@ -128,7 +129,7 @@ def documents(T: int) -> Array:
 
 def one_by_one(rule: Rule, state: State, x: Token, row, outer) -> tuple[State, Array]:
     """A chunk of one head by the equations, in a loop of Python: the judge of what works on whole chunks."""
-    A, S, anchor = state
+    A, S, anchor = state[:3]
     base, ys = anchor or A, []
     W = base if rule.retention is None else jax.tree.map(rule.retention, base)
     for t in range(x.k.shape[0]):

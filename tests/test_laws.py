@@ -1,14 +1,16 @@
 """Every law over every example of every layer that exists. Nothing is listed and nobody opts out.
 
-`make test` judges the first example of each layer by all laws, and its other examples by those that share what is
-compiled for them anyway; `make test-slow` has the rest, and 4,096 tokens.
+`make test` judges every example by the laws that share what is compiled for it anyway, and one example of each layer's
+code by all laws; `make test-slow` has the rest: other examples, layers made of layers, 4,096 tokens.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import laws
 import pytest
+from reading import fields
 
 import layers
 from layers.layer import LayerConfig
@@ -25,8 +27,9 @@ COSTLY = {
 
 def name(config: LayerConfig) -> str:
     """The class, and the fields in which the example differs from the class's defaults."""
-    fields = dataclasses.fields(config)
-    changed = [(f.name, getattr(config, f.name)) for f in fields if getattr(config, f.name) != f.default]
+    changed = [
+        (f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
+    ]
     said = [f"{field}={name(value) if isinstance(value, LayerConfig) else value}" for field, value in changed]
     return f"{type(config).__name__}({','.join(said)})"
 
@@ -39,7 +42,17 @@ def judged(config: LayerConfig, law: str, first: bool) -> Any:
     return pytest.param(config, law, id=f"{name(config)}-{law}", marks=marks)
 
 
-EXAMPLES = [(config, i == 0) for cls in layers.discover() for i, config in enumerate(cls.examples())]
+def examples() -> Iterator[tuple[LayerConfig, bool]]:
+    """Each, and whether it is the first of code that no other config has: neither by inheriting it nor inside."""
+    known = set()
+    for cls in sorted(layers.discover(), key=lambda cls: len(cls.__mro__)):
+        for config in cls.examples():
+            made_of_layers = any(isinstance(value, LayerConfig) for _, value in fields(config))
+            yield config, cls.build not in known and not made_of_layers
+            known.add(cls.build)
+
+
+EXAMPLES = list(examples())
 
 
 @pytest.mark.parametrize(

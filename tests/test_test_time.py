@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from memories import NETWORKS, RETENTIONS, SLOPES, B, Case, H, K, close, documents, judge
 
-from layers.ops import chunk_tables, test_time
+from layers.ops import chunk_tables, memory_forms
 from layers.ops import fast_weights as fw
+from layers.ops.memory_forms import State, dual, materialised
 from layers.ops.recurrence import recurrence
-from layers.ops.test_time import State, _dual, _materialised, test_time_memory
+from layers.ops.test_time import test_time_memory
 
 test_time_memory.__test__ = False  # it is no test
 
@@ -20,7 +21,7 @@ test_time_memory.__test__ = False  # it is no test
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_chunk_is_its_tokens(float64, network, slope):
     """Every network with every bias, in both forms; gradients of each network and of each bias."""
-    judge([_dual, _materialised], slopes=network == "mlp" or slope == "l2", network=network, slope=slope)
+    judge([dual, materialised], slopes=network == "mlp" or slope == "l2", network=network, slope=slope)
 
 
 @pytest.mark.parametrize(
@@ -36,13 +37,13 @@ def test_a_chunk_is_its_tokens(float64, network, slope):
     ids=str,
 )
 def test_every_learner(float64, options):
-    judge([_dual, _materialised], **options)
+    judge([dual, materialised], **options)
 
 
 @pytest.mark.parametrize("step", [None, fw.newton_schulz], ids=["plain", "orthogonal"])
 @pytest.mark.parametrize("retention", [None, *RETENTIONS])
 def test_every_retention(float64, retention, step):
-    judge([_materialised], 1e-8, retention is None or step is None, retention=RETENTIONS.get(retention), step=step)
+    judge([materialised], 1e-8, retention is None or step is None, retention=RETENTIONS.get(retention), step=step)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +170,9 @@ def forgetful(gate, pre):
 @pytest.mark.parametrize("broken", [late, forgetful])
 def test_a_broken_table_is_seen(float64, monkeypatch, broken):
     """Reads one step late; leaves out the momentum with which the chunk began."""
-    monkeypatch.setattr(test_time, "fading", broken)
+    monkeypatch.setattr(memory_forms, "fading", broken)
     with pytest.raises(AssertionError):
-        judge([_dual])
+        judge([dual])
 
 
 def test_a_chunk_is_not_a_token(float64):

@@ -42,6 +42,8 @@ def test_a_key_that_repeats_stays_bounded():
         {"retention": "lq_mirror", "power_q": 3.0, "gates": "output", "rank": 2},
         {"retention": "kl", "step": "orthogonal", "conv": 0},
         {"retention": "elastic", "scale": 0.1, "depth": 3, "remat": "none"},
+        {"update": "chunk", "keep": False, "memory": "swiglu", "step": "orthogonal", "renorm": True},
+        {"update": "chunk", "keep": False, "momentum": False, "gates": "head"},
         {"exact": True, "depth": 1, "norm": False, "grad_at": "decayed", "persistent": 2},
         {"exact": True, "depth": 1, "norm": False, "loss": "dot", "gates": "head", "read": "pre"},
     ],
@@ -71,6 +73,8 @@ def test_every_word_of_a_config(float64, options):
         ({"chunk": 0}, "chunk"),
         ({"exact": True}, "exact needs depth = 1, not 2"),
         ({"exact": True, "depth": 1, "norm": False, "loss": "lp"}, "exact needs loss 'l2' or 'dot'"),
+        ({"update": "chunk"}, "update = 'chunk' needs keep = False"),
+        ({"renorm": True}, "renorm is True, which needs update"),
         ({"grad_at": "decayed"}, "grad_at is 'decayed', which needs exact"),
     ],
 )

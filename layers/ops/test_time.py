@@ -14,10 +14,12 @@ its anchor, which is another function, and the one that can be computed in paral
 A memory of one matrix needs no such bargain: what each step says of the next is linear, and a triangular system of C by
 C tells all steps of C tokens at once ("exact"). There C is only how the work is cut up, and changes nothing.
 
-"naive" is the definition, token by token. "dual" never forms a token's weights: a gradient is an outer product of what
-a matrix read and the slope at what it answered, so that C tokens cost a few products of C by C (TTT, appendix A,
-generalised to any memory of matrix products, momentum and decay). "materialised" holds the weights of all tokens of a
-chunk: it serves what the dual form cannot, retentions that are not linear and steps that are made orthogonal.
+And a memory may take one step for a whole chunk of thousands of tokens, when the next one begins (LaCT, 2505.23884;
+`Rule.whole`): S = mean momentum · S + sum of U, A = A + step(S), each unit's weights brought back to their length.
+
+"naive" is the definition, token by token. "dual" and "materialised" read a chunk at once (layers/ops/memory_forms.py):
+the first never forms a token's weights; the second does, and so serves what the first cannot, retentions that are not
+linear and steps that are made orthogonal.
 """
 
 import functools
@@ -29,36 +31,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.ops.chunk_tables import Open, Table, averaging, fade, fading, same
-from layers.ops.fast_weights import Lin
+from layers.ops.chunk_tables import Open
 from layers.ops.grid import gather, grid, lay, needed
-from layers.ops.precision import HIGHEST, wide
-from layers.ops.triangular import unit_lower_inverse
+from layers.ops.memory_forms import (
+    Rule,
+    State,
+    Token,
+    Weights,
+    count,
+    dual,
+    exact,
+    materialised,
+    plain,
+    pull,
+    retained,
+    summed,
+)
+from layers.ops.precision import wide
 
-Weights = dict[str, Array]  # by name of the matrix: [..., inputs, outputs]; applied from the right
 Engine = Literal["auto", "naive", "dual", "materialised", "exact"]
 Remat = Literal["none", "body", "both"]
-
-
-class Rule(NamedTuple):
-    """What kind of memory: four pure functions on one head, and the grid.
-
-    memory(lin, x [C, K], outer) -> [C, V], with matrices used once each, from the right and without bias; `outer` are
-    parameters that no token changes. slope(y, v, threshold) -> [C, V], the gradient of the bias at the answer.
-    retention: A -> W, by matrix; None for the identity. step: what is made of S before it is applied; None as it is.
-    """
-
-    memory: Callable[[Lin, Array, Any], Array]
-    slope: Callable[[Array, Array, Array | None], Array]
-    retention: Callable[[Array], Array] | None = None
-    step: Callable[[Array], Array] | None = None
-    chunk: int = 16
-    read: Literal["post", "pre"] = "post"  # y_t sees A_t, or A_{t-1}
-    average: bool = False  # TTT: A_t = anchor + row_t · sum of U
-    # Each gradient is taken at A_{t-1}, whatever the chunk, and the matrix "w0" is the whole memory. Says what `slope`
-    # is: y - v ("l2") or -v ("dot"). Gates are one a head.
-    exact: Literal["l2", "dot"] | None = None
-    decayed: bool = False  # with `exact`: the gradient is taken at keep_t A_{t-1} instead
 
 
 class Gate(NamedTuple):
@@ -68,14 +60,6 @@ class Gate(NamedTuple):
     log_keep: Array | None = None  # None: nothing is forgotten
     log_momentum: Array | None = None  # None: no momentum
     apply: Array | None = None  # [B, T, H, 1]; None: 1
-
-
-class State(NamedTuple):
-    """[B, H, inputs, outputs] each. anchor is None where C is 1; momentum where the rule has none."""
-
-    weights: Weights
-    momentum: Weights | None
-    anchor: Weights | None
 
 
 def test_time_memory(
@@ -115,6 +99,8 @@ def test_time_memory(
         raise ValueError("the dual form serves linear retentions and steps only: choose materialised or auto")
     if len({gate.log_momentum is None for gate in gates.values()}) > 1:
         raise ValueError("either all matrices have momentum or none has")
+    if rule.whole is not None and (rule.exact, rule.retention, rule.average) != (None, None, False):
+        raise ValueError("a rule with one step for a whole chunk is neither exact, nor averages, nor has a retention")
     if rule.average != (row is not None):
         raise ValueError("`row` is for rules that average, and they need it")
     if state is not None and pos is None:
@@ -139,8 +125,8 @@ def test_time_memory(
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
     else:
-        materialised = implementation == "materialised" or rule.retention is not None or rule.step is not None
-        piece = _exact if rule.exact else _materialised if materialised else _dual
+        form = materialised if implementation == "materialised" or rule.retention or rule.step else dual
+        piece = exact if rule.exact else summed if rule.whole else form
         run = functools.partial(_chunked, rule, piece, loose, remat)
         if known:
             y, state = run(-(-T // C), xs, begin, outer, row, state, pos)
@@ -156,16 +142,6 @@ def test_time_memory(
     return y.astype(v_BTHV.dtype), state if wanted else None
 
 
-class Token(NamedTuple):
-    """What is read at a token; time is axis 1, or axis 0 of the C tokens of one head's chunk."""
-
-    q: Array
-    k: Array
-    v: Array
-    gates: dict[str, Any]  # Gate as it comes, Open inside
-    threshold: Array | None
-
-
 def _open(gate: Gate, valid_BT11: Array) -> Open:
     apply = jnp.ones_like(gate.lr[..., :1]) if gate.apply is None else gate.apply
     gates = gate.lr, gate.log_keep, gate.log_momentum, apply
@@ -177,10 +153,14 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
     weights, momentum = start
     if momentum is None and (rule.average or any(gate.log_momentum is not None for gate in gates.values())):
         momentum = jax.tree.map(jnp.zeros_like, weights)
+    if rule.whole is not None:
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        return State(weights, momentum, None, zeros, zeros[next(iter(zeros))][:, :1, :1])
     return State(weights, momentum, None if rule.chunk == 1 or rule.exact else weights)
 
 
 SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
+EPS = 1e-12  # of squared lengths
 LARGEST = 1e6  # of the loss's slope in what a chunk reads: the state, its tokens
 
 
@@ -220,31 +200,42 @@ def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: A
     """What happens before the first token of a chunk."""
     if state.anchor is None:
         begin = begin._replace(anchor=None)
-    A, S, anchor = _where(starts_B, jax.tree.map(lambda x: x[None], begin), state)
+    if rule.whole is not None:
+        stepped = jax.lax.cond(
+            jnp.any(boundary_B & ~starts_B), functools.partial(_step, rule, begin), lambda state: state, state
+        )
+        state = _where(boundary_B, stepped, state)
+    state = _where(starts_B, jax.tree.map(lambda x: x[None], begin), state)
     if rule.average:
-        S = _where(boundary_B, jax.tree.map(jnp.zeros_like, S), S)
-    return State(A, S, None if anchor is None else _where(boundary_B, A, anchor))
+        state = state._replace(
+            momentum=_where(boundary_B, jax.tree.map(jnp.zeros_like, state.momentum), state.momentum)
+        )
+    return state if state.anchor is None else state._replace(anchor=_where(boundary_B, state.weights, state.anchor))
 
 
-def _retained(rule: Rule, A: Weights) -> Weights:
-    return A if rule.retention is None else {name: rule.retention(a) for name, a in A.items()}
+def _step(rule: Rule, begin: State, state: State) -> State:
+    """The one step for the whole chunk that is over."""
+    S, tally, step = state.pending, state.tally, rule.step
+    assert S is not None and tally is not None and rule.whole is not None
+    if state.momentum is not None:
+        S = {name: tally / rule.whole * state.momentum[name] + u for name, u in S.items()}
+    A = {n: state.weights[n] + (s if step is None else jax.vmap(jax.vmap(step))(s)) for n, s in S.items()}
+    if rule.renorm:
+        A = {n: a * (_length(begin.weights[n])[None] / _length(a)) for n, a in A.items()}
+    zeros = jax.tree.map(jnp.zeros_like, (state.pending, tally))
+    return State(A, None if state.momentum is None else S, None, *zeros)
 
 
-def _plain(W: Weights) -> Lin:
-    return lambda name, x: jnp.matmul(x, W[name], precision=HIGHEST)
-
-
-def _pull(rule: Rule, W: Weights, k: Array, v: Array, threshold: Array | None, outer: Any) -> Weights:
-    """The gradient of the bias in the weights, for the tokens given."""
-    y, back = jax.vjp(lambda W: rule.memory(_plain(W), k, outer), W)
-    return back(rule.slope(y, v, threshold))[0]
+def _length(a: Array) -> Array:
+    """Of the weights into each unit."""
+    return jnp.sqrt(jnp.sum(jnp.square(a), -2, keepdims=True) + EPS)
 
 
 def recall(rule: Rule, q_BTHK: Array, weights: Weights, outer: Any = ()) -> Array:
     """What a memory of `weights`, [B, H, inputs, outputs] each, answers, y_BTHV; nothing is learned."""
 
     def head(q: Array, A: Weights, outer: Any) -> Array:
-        return rule.memory(_plain(_retained(rule, A)), q, outer)
+        return rule.memory(plain(retained(rule, A)), q, outer)
 
     q_BHTK = q_BTHK.astype(next(iter(weights.values())).dtype).swapaxes(1, 2)
     return _heads(head, (True, True, False))(*bounded((q_BHTK, weights, outer))).swapaxes(1, 2)
@@ -262,7 +253,11 @@ def _naive(
         anchor = A if state.anchor is None else state.anchor
         if rule.decayed:
             anchor = {n: a if (log := one.gates[n].log_keep) is None else jnp.exp(log) * a for n, a in anchor.items()}
-        slopes = _pull(rule, _retained(rule, anchor), one.k, one.v, one.threshold, outer)
+        slopes = pull(rule, retained(rule, anchor), one.k, one.v, one.threshold, outer)
+        if rule.whole is not None and state.tally is not None:
+            pending = {n: p - one.gates[n].lr * slopes[n] for n, p in (state.pending or {}).items()}
+            y = rule.memory(plain(A), one.q, outer)[0]
+            return state._replace(pending=pending, tally=state.tally + count(one)), y
         new_A, new_S = {}, {}
         for name, gate in one.gates.items():
             step = -gate.lr * slopes[name]
@@ -276,14 +271,14 @@ def _naive(
             kept = A[name] if gate.log_keep is None else jnp.exp(gate.log_keep) * A[name]
             new_A[name] = kept + gate.apply * step
         seen = A if rule.read == "pre" else new_A
-        y = rule.memory(_plain(_retained(rule, seen)), one.q, outer)[0]
+        y = rule.memory(plain(retained(rule, seen)), one.q, outer)[0]
         return State(new_A, None if S is None else new_S, state.anchor), y
 
     every = _heads(token, (True, True, False, False) if row is None else (True, True, True, False))
 
     def step(state: State, timed: tuple[Token, Array]) -> tuple[State, Array]:
         x, pos_B = timed
-        state = _turn(rule, bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % C == 0))
+        state = _turn(rule, bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % (rule.whole or C) == 0))
         row_BH = None if row is None else row.T[jnp.maximum(pos_B, 0) % C]
         return every(state, bounded(x), row_BH, bounded(outer))
 
@@ -326,7 +321,7 @@ def _chunked(
     chunks = jax.tree.map(lambda x: jnp.swapaxes(lay(where, x), 2, 3), xs)  # [N, B, H, C, ...]
     valid_NBC, pos_NBC = where.token_NBC < pos.shape[1], lay(where, pos, -1)
     starts_NB = jnp.any(pos_NBC == 0, -1)
-    boundary_NB = jnp.any(valid_NBC & (pos_NBC % rule.chunk == 0), -1)
+    boundary_NB = jnp.any(valid_NBC & (pos_NBC % (rule.whole or rule.chunk) == 0), -1)
     if loose:
         state = state._replace(anchor=None)
 
@@ -351,139 +346,3 @@ def _chunked(
     if begin.anchor is not None and state.anchor is None:
         state = state._replace(anchor=state.weights)  # for the form; it is not wanted
     return gather(where, jnp.swapaxes(y, 2, 3)), state
-
-
-def _still(rule: Rule, x: Token, new: Weights, old: Weights) -> Weights:
-    """A chunk without tokens leaves A alone, which the table of an average does not say."""
-    if not rule.average:
-        return new
-    return {name: jnp.where(jnp.any(x.gates[name].apply > 0), new[name], old[name]) for name in new}
-
-
-def _tables(rule: Rule, x: Token, row: Array | None) -> dict[str, Table]:
-    pre = rule.read == "pre"
-    if row is not None:
-        return {name: averaging(gate, row, pre) for name, gate in x.gates.items()}
-    return {name: fading(gate, pre) for name, gate in x.gates.items()}
-
-
-def _dual(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
-    """A chunk of one head; the weights of its tokens are never formed."""
-    A, S = state.weights, state.momentum
-    anchor = A if state.anchor is None else state.anchor
-    base = anchor if rule.average else A
-    tables = _tables(rule, x, row)
-    C = x.k.shape[0]
-
-    def tapped(bump: Weights) -> tuple[Array, Weights]:
-        """The memory at the anchor, with room to push what each matrix answers; also what each one read."""
-        seen: Weights = {}
-
-        def lin(name: str, z: Array) -> Array:
-            seen[name] = z
-            return jnp.matmul(z, anchor[name], precision=HIGHEST) + bump[name]
-
-        return rule.memory(lin, x.k, outer), seen
-
-    still = {name: jnp.zeros((C, a.shape[-1]), a.dtype) for name, a in anchor.items()}
-    answer, back, seen = jax.vjp(tapped, still, has_aux=True)
-    pushed = back(rule.slope(answer, x.v, x.threshold))[0]
-    pushed = {
-        name: -x.gates[name].lr * slope for name, slope in pushed.items()
-    }  # [C, outputs]: U_i is seen_i pushed_i^T
-
-    def lin(name: str, z: Array) -> Array:
-        t = tables[name]
-        y = t.own * jnp.matmul(z, base[name], precision=HIGHEST)
-        if t.past is not None and S is not None:
-            y += t.past * jnp.matmul(z, S[name], precision=HIGHEST)
-        match = jnp.matmul(z, seen[name].T, precision=HIGHEST)
-        if t.mix.shape[-1] == 1:
-            return y + jnp.matmul(t.mix[..., 0] * match, pushed[name], precision=HIGHEST)
-        return y + jnp.einsum("tio,ti,io->to", t.mix, match, pushed[name], precision=HIGHEST)
-
-    y = rule.memory(lin, x.q, outer)
-    new_A, new_S = {}, {}
-    for name, t in tables.items():
-        own, past, mix = t.end
-        new_A[name] = own * base[name] + jnp.matmul(seen[name].T, mix * pushed[name], precision=HIGHEST)
-        if S is not None:
-            new_S[name] = jnp.matmul(seen[name].T, pushed[name], precision=HIGHEST)
-            if past is not None:
-                new_A[name] += past * S[name]
-            if t.momentum is not None:
-                held, holds = t.momentum
-                new_S[name] = held * S[name] + jnp.matmul(seen[name].T, holds * pushed[name], precision=HIGHEST)
-    return State(_still(rule, x, new_A, A), None if S is None else new_S, state.anchor), y
-
-
-def _exact(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
-    """A chunk of one head of one matrix: U_i = k_i R_i^T, and each R is linear in the earlier ones.
-
-    (Momentum DeltaNet, arXiv 2605.05838, has the same idea for its own recurrence.)
-    """
-    A, S, gate = state.weights["w0"], None if state.momentum is None else state.momentum["w0"], x.gates["w0"]
-    table, before = fading(gate, rule.read == "pre"), fading(gate, True)
-
-    def recall(t: Table, z: Array) -> Array:
-        """What the A_0 and S_0 in the weights of each token answer."""
-        y = t.own * jnp.matmul(z, A, precision=HIGHEST)
-        return y if t.past is None or S is None else y + t.past * jnp.matmul(z, S, precision=HIGHEST)
-
-    if rule.exact == "l2":
-        erase = jnp.exp(gate.log_keep) * x.k if rule.decayed and gate.log_keep is not None else x.k
-        lower = gate.lr * before.mix[..., 0] * jnp.matmul(erase, x.k.T, precision=HIGHEST)
-        R = jnp.matmul(unit_lower_inverse(lower), gate.lr * (x.v - recall(before, erase)), precision=HIGHEST)
-    else:
-        R = gate.lr * x.v
-    match = table.mix[..., 0] * jnp.matmul(x.q, x.k.T, precision=HIGHEST)
-    y = recall(table, x.q) + jnp.matmul(match, R, precision=HIGHEST)
-    own, past, mix = table.end
-    new_A, new_S = own * A + jnp.matmul(x.k.T, mix * R, precision=HIGHEST), None
-    if S is not None:
-        if past is not None:
-            new_A += past * S
-        held, holds = table.momentum if table.momentum is not None else (jnp.ones_like(own), jnp.ones_like(gate.lr))
-        new_S = {"w0": held * S + jnp.matmul(x.k.T, holds * R, precision=HIGHEST)}
-    return State({"w0": new_A}, new_S, state.anchor), y
-
-
-def _materialised(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) -> tuple[State, Array]:
-    """A chunk of one head, with the weights of all of its tokens."""
-    A, S = state.weights, state.momentum
-    anchor = A if state.anchor is None else state.anchor
-    base = anchor if rule.average else A
-    W = _retained(rule, anchor)
-
-    def one(x: Token) -> Weights:
-        x = jax.tree.map(lambda a: a[None], x)
-        return _pull(rule, W, x.k, x.v, x.threshold, outer)
-
-    slopes = jax.vmap(one)(x)
-    tables = _tables(rule, x, row)
-    new_A, new_S, seen = {}, {}, {}
-    for name, t in tables.items():
-        gate = x.gates[name]
-        U = -gate.lr[:, None, :] * slopes[name]
-        if rule.step is not None:
-            if gate.log_momentum is not None and S is not None:
-                held, holds = fade(gate.log_momentum)
-                every = held[:, None] * S[name][None] + jnp.einsum("tio,iao->tao", *same(holds, U), precision=HIGHEST)
-                new_S[name] = every[-1]
-            else:
-                every = U
-            t = fading(gate._replace(log_momentum=None), rule.read == "pre")
-            U = jax.vmap(rule.step)(every)
-        elif S is not None and t.momentum is not None:
-            held, holds = t.momentum
-            new_S[name] = held * S[name] + jnp.einsum("io,iao->ao", *same(holds, U), precision=HIGHEST)
-        own, past, mix = t.end
-        seen[name] = t.own[:, None] * base[name][None] + jnp.einsum("tio,iao->tao", *same(t.mix, U), precision=HIGHEST)
-        new_A[name] = own * base[name] + jnp.einsum("io,iao->ao", *same(mix, U), precision=HIGHEST)
-        if past is not None and S is not None:
-            new_A[name] += past * S[name]
-        if t.past is not None and S is not None:
-            seen[name] += t.past[:, None] * S[name][None]
-
-    y = jax.vmap(lambda A, q: rule.memory(_plain(_retained(rule, A)), q[None], outer)[0])(seen, x.q)
-    return State(_still(rule, x, new_A, A), None if S is None else new_S, state.anchor), y
