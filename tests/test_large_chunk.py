@@ -40,7 +40,7 @@ def test_two_chunks_by_hand(float64):
             slopes = pull(case.rule, W, a["k"][b, one, h], a["v"][b, one, h], None, outer)
             total = {n: total[n] - a["gates"][n].lr[b, t, h].item() * slopes[n] for n in W}
         new = {n: W[n] + fw.newton_schulz(total[n]) for n in W}
-        new = {n: w * jnp.linalg.norm(W[n], axis=0) / jnp.linalg.norm(w, axis=0) for n, w in new.items()}
+        new = {n: w * (jnp.linalg.norm(W[n], axis=0) / jnp.linalg.norm(w, axis=0))[None] for n, w in new.items()}
         second = case.rule.memory(lambda n, z, new=new: z @ new[n], a["q"][b, 8:, h], outer)
         np.testing.assert_allclose(y[b, 8:, h], second, rtol=1e-8)
         close({n: w[b, h] for n, w in state.weights.items()}, new)

@@ -314,7 +314,7 @@ def _chunked(
     pos: Array,
 ) -> tuple[Array, State]:
     """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
-    group = math.isqrt(N) if remat == "both" and N > 16 else 1
+    group = math.isqrt(N) if remat == "both" and N >= 64 else 1
     N = -(-N // group) * group
     where = grid(pos, rule.chunk, N)
     # Zeros where there is no token: there no gate is open.
