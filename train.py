@@ -9,11 +9,13 @@ def _overview() -> str:
 
     lines = [f"  {name:24}{describe(path)}" for name, path in config_files().items()]
     return (
-        "usage: python train.py CONFIG [--run FOLDER] [--resume auto|never|FOLDER] [--dry-run] [--field value ...]\n\n"
+        "usage: python train.py CONFIG[@SIZE] [--run FOLDER] [--resume auto|never|FOLDER] [--dry-run] "
+        "[--field value ...]\n\n"
         "Trains a language model from a config: a name below, a .py file, or a run folder (its saved config).\n"
         "The same command goes on with a run that was stopped or killed.\n\n"
         "configs:\n" + "\n".join(lines) + "\n\n"
         "  python train.py CONFIG --help        every field of a config with its meaning and default\n"
+        "  python train.py titans_lmm@340M      one of a config's other sizes, for those that have some\n"
         "  python train.py CONFIG --dry-run     its layers, parameters, state and compute, without training\n"
         "  python train.py quickstart --model.D 128 --train.steps 200 --run runs/small"
     )
@@ -28,8 +30,9 @@ def main(arguments: list[str]) -> int:
     from training.settings import ConfigError, load, locate
 
     try:
-        path = locate(arguments[0])
-        experiment = load(path)
+        name, _, size = (arguments[0], "", "") if Path(arguments[0]).exists() else arguments[0].partition("@")
+        path = locate(name)
+        experiment = load(path, size)
     except ConfigError as error:
         return _fail(error)
 
@@ -43,7 +46,8 @@ def main(arguments: list[str]) -> int:
     if Path(arguments[0]).is_dir():  # a run goes on where it is
         run = Path(arguments[0])
     else:
-        run = Path("runs") / (path.parent.name if path.name == "config.py" else path.stem)
+        stem = path.parent.name if path.name == "config.py" else path.stem
+        run = Path("runs") / (f"{stem}@{size}" if size else stem)
     try:
         options = parse(experiment, arguments[1:], program=f"python train.py {arguments[0]}", run=run)
         outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)

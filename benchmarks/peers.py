@@ -1,8 +1,8 @@
 """Where the peers live: environments of their own, which the project never imports from.
 
-`.venv-peers` holds PyTorch and fla-core, on the Python of the project. tokamax needs Python 3.12 and a newer jax, so
-it gets `.venv-peers-tokamax`, on the first newer Python found (or $TOKAMAX_PYTHON). MaxText is a checkout that the
-user names: one function of it is read, nothing is installed.
+`.venv-peers` holds PyTorch, fla-core and titans-pytorch, on the Python of the project. tokamax needs Python 3.12 and a
+newer jax, so it gets `.venv-peers-tokamax`, on the first newer Python found (or $TOKAMAX_PYTHON). MaxText is a checkout
+that the user names: one function of it is read, nothing is installed.
 """
 
 import os

@@ -105,12 +105,12 @@ def show(rows: list[Row], console: Console) -> None:
     console.print(verdict(rows))
 
 
-def markdown(rows: list[Row], facts: dict[str, str]) -> str:
-    lines = ["# CPU benchmark", ""]
+def markdown(rows: list[Row], facts: dict[str, str], title: str = "CPU benchmark", method: str = METHOD) -> str:
+    lines = [f"# {title}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         "",
-        METHOD,
+        method,
         "",
         f"**{verdict(rows)}**",
     ]

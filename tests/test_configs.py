@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import pytest
@@ -39,6 +40,29 @@ def test_a_config_states_its_parameters(name):
     config = config_of(name)
     _, structure = flatten(jax.eval_shape(lambda: config.model.build(rngs=nnx.Rngs(0))))
     assert config.parameters == parameter_count(structure.specs)
+
+
+SIZED = sorted(name for name, path in FILES.items() if "\nsizes = " in path.read_text())
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_state_their_parameters_too(name):
+    """A name like 340M is near the count: papers count otherwise, and layers made of two have more."""
+    found = re.findall(r"@([\d.]+[MB])", FILES[name].read_text().split("\n")[0])
+    for size in ("170M", "340M", "760M", "1.3B") if "170M" in found else ("125M", "350M", "760M", "1.3B"):
+        config = settings.load(FILES[name], size)
+        shapes = jax.eval_shape(lambda config=config: config.model.build(rngs=nnx.Rngs(0)))
+        count = parameter_count(flatten(shapes)[1].specs)
+        assert config.parameters == count
+        assert 0.7 < count / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) < 1.7
+        assert size in config.description
+    with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {found[0]}, "):
+        settings.load(FILES[name], "2B")
+
+
+def test_a_config_without_sizes_says_so():
+    with pytest.raises(settings.ConfigError, match="has no size '1B': it has none"):
+        settings.load(FILES["quickstart"], "1B")
 
 
 @pytest.mark.parametrize("name", FILES)

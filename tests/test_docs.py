@@ -51,7 +51,7 @@ def test_the_memories_on_paper_are_memories(tmp_path):
     path.write_text(block)
     spec = importlib.util.spec_from_file_location("memories", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert block.count("TestTimeMemory(") == 6
+    assert block.count("TestTimeMemory(") == 5
 
 
 def test_the_readme_names_what_exists():

@@ -1,7 +1,7 @@
 """Every law over every example of every layer that exists. Nothing is listed and nobody opts out.
 
-`make test` judges every example by the laws that share what is compiled for it anyway, and one example of each layer's
-code by all laws; `make test-slow` has the rest: other examples, layers made of layers, 4,096 tokens.
+`make test` judges one example of each layer's code; `make test-slow` has the rest: other examples, the costliest laws
+of layers that are made of layers, 4,096 tokens.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from reading import fields
 import layers
 from layers.layer import LayerConfig
 
-# Each compiles programs of its own, which no other law needs.
-COSTLY = {
+COMPILES_NOTHING = {"state_keeps_its_shape"}
+COMPILES_ITS_OWN = {  # programs that no other law needs
     "finite_gradients",
     "bfloat16_stays_close",
     "implementations_agree",
@@ -34,36 +34,28 @@ def name(config: LayerConfig) -> str:
     return f"{type(config).__name__}({','.join(said)})"
 
 
-def judged(config: LayerConfig, law: str, first: bool) -> Any:
-    # One worker judges all laws of one example: the compiled functions are shared.
-    marks = [pytest.mark.xdist_group(name(config))]
-    if law in COSTLY and not first:
-        marks.append(pytest.mark.slow)
-    return pytest.param(config, law, id=f"{name(config)}-{law}", marks=marks)
-
-
-def examples() -> Iterator[tuple[LayerConfig, bool]]:
-    """Each, and whether it is the first of code that no other config has: neither by inheriting it nor inside."""
+def examples() -> Iterator[Any]:
+    """Each example with each law; slow but for the first of code that no other has, which may be inherited."""
     known = set()
     for cls in sorted(layers.discover(), key=lambda cls: len(cls.__mro__)):
         for config in cls.examples():
-            made_of_layers = any(isinstance(value, LayerConfig) for _, value in fields(config))
-            yield config, cls.build not in known and not made_of_layers
+            first = cls.build not in known
             known.add(cls.build)
+            made_of_layers = any(isinstance(value, LayerConfig) for _, value in fields(config))
+            for law in laws.LAWS:
+                now = law in COMPILES_NOTHING or (first and not (made_of_layers and law in COMPILES_ITS_OWN))
+                # One worker judges all laws of one example: the compiled functions are shared.
+                marks = [pytest.mark.xdist_group(name(config)), *([] if now else [pytest.mark.slow])]
+                yield pytest.param(config, law, id=f"{name(config)}-{law}", marks=marks)
 
 
-EXAMPLES = list(examples())
-
-
-@pytest.mark.parametrize(
-    ("config", "law"), [judged(config, law, first) for config, first in EXAMPLES for law in laws.LAWS]
-)
+@pytest.mark.parametrize(("config", "law"), list(examples()))
 def test_law(config: LayerConfig, law: str) -> None:
     laws.LAWS[law](config)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [pytest.param(config, id=name(config)) for config, _ in EXAMPLES])
+@pytest.mark.parametrize("config", [config for cls in layers.discover() for config in cls.examples()], ids=name)
 def test_gradients_of_4096_tokens(config: LayerConfig) -> None:
     laws.finite_gradients(config, laws.LONG)
 

@@ -1,6 +1,7 @@
 """Configs as files: found by name or path, described in a line, written back as Python, compared field by field.
 
-A config is a Python file that ends in `config = Experiment(...)`; its description is read without running it.
+A config is a Python file that ends in `config = Experiment(...)`; its description is read without running it. It may
+also have `sizes`, a dict of experiments: NAME@SIZE is one of them.
 """
 
 import ast
@@ -49,8 +50,11 @@ def locate(name: str) -> Path:
     raise ConfigError(f"there is no config {name!r}: {hint} Known: {', '.join(files)}")
 
 
-def load(path: Path) -> Any:
-    """The `config` that a file defines. Raises ConfigError, with the line at fault, if there is none to be had."""
+def load(path: Path, size: str = "") -> Any:
+    """The `config` that a file defines, or one of its `sizes`.
+
+    Raises ConfigError, with the line at fault, if there is none to be had.
+    """
     spec = importlib.util.spec_from_file_location(FILE + path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -66,7 +70,11 @@ def load(path: Path) -> Any:
         raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
     from training.experiment import Experiment  # imports jax
 
-    config = getattr(module, "config", None)
+    sizes = getattr(module, "sizes", {})
+    if size and size not in sizes:
+        known = f"it has {', '.join(sizes)}" if sizes else "it has none"
+        raise ConfigError(f"{path.stem}@{size}: {path} has no size {size!r}: {known}")
+    config = sizes[size] if size else getattr(module, "config", None)
     if not isinstance(config, Experiment):
         found = "it has no `config`" if config is None else f"its `config` is of type {type(config).__name__}"
         raise ConfigError(f"{path}: {found}; end the file in `config = Experiment(...)`")
