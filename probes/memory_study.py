@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
         for C in (2, 4, 8, 16, 32)
     ]
     crossed = [
-        Variant("crossed", f"trained at {C}", dataclasses.replace(TITANS, chunk=C, lr_max=0.1 / 8), (2, 4, 8, 16, 32))
+        Variant("crossed", f"trained at {C}", dataclasses.replace(TITANS, chunk=C, lr_max=0.1 / 16), (2, 4, 8, 16, 32))
         for C in (4, 16)
     ]
     return far + ablations + anchors + crossed
