@@ -225,9 +225,10 @@ def pictures(rows: list[dict[str, Any]], folder: Path) -> None:
         exact = [r for r in whole if r["name"] == "linear, exact"]
         titans = [r for r in whole if r["name"] == "Titans"]
         groups = [("Titans", titans), *_by_name(rows, "parts"), ("linear, exact", exact), *_by_name(rows, "chunk")]
-        for i, (_, members) in enumerate(groups):
+        groups = [(name, members) for name, members in groups if members]
+        for i, (name, members) in enumerate(groups):
             mean, spread = mean_and_spread(members)
-            axes.bar(i, mean, yerr=spread, capsize=3, color="C0" if i <= 4 else "C1")
+            axes.bar(i, mean, yerr=spread, capsize=3, color="C1" if name.startswith("linear") else "C0")
         axes.set_xticks(range(len(groups)), [name for name, _ in groups], rotation=35, ha="right")
         axes.set_ylim(0, 1)
 
