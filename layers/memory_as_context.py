@@ -198,7 +198,7 @@ class MemoryAsContextLayer(Layer):
         )
         y_BWD = self.norm(self.out(y_BWHV.astype(x_BWD.dtype)))
         learned = y_BWD if c.write == "attn_out" else x_BWD
-        held = self.memory.learn(learned, pos_BW, state.memory, chunks=-(-L // c.memory.chunk) + 1)
+        held = self.memory.learn(learned, pos_BW, state.memory, chunks=-(-L // self.memory.rule.chunk) + 1)
         m_BWD = held.y_BTD if c.readout == "token" else self._say(learned, before)
         return MemoryAsContextState(held.state, before, *cache), (self.combine(y_BWD, m_BWD), held.aux)
 

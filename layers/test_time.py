@@ -151,8 +151,9 @@ class TestTimeMemory(LayerConfig):
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         return (
-            cls(H=2, K=8, F=6, chunk=4, persistent=3),
+            cls(H=2, K=8, F=6, chunk=4),
             cls(H=2, K=8, chunk=4, depth=1, loss="huber_norm", retention="bounded", gates="output", rank=4, read="pre"),
+            cls(H=2, K=8, F=6, chunk=4, persistent=3, gates="head"),
             cls(H=2, K=8, F=6, chunk=6, update="chunk", keep=False, memory="swiglu", step="orthogonal", renorm=True),
             cls(H=2, K=8, chunk=16, exact=True, depth=1, norm=False, persistent=2),
         )

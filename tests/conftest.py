@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import cheap
 
 # XLA reads these once, when jax is first imported. Tests mostly compile: the cheapest code generation takes two thirds
-# off the CPU time of that. The cache, without a threshold, serves both workers and the next run.
+# off the CPU time of that. The cache serves both workers and the next run; small programs are not worth the writing.
 if os.environ.get("JAX_PLATFORMS") != "cuda,cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *cheap.flags()])
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis

@@ -47,7 +47,7 @@ from reading import (
 
 from layers.layer import Layer, LayerConfig, Tokens
 
-MANY, LONG = 1024, 4096  # tokens of a long run, in every test run and in `make test-slow`
+MANY, LONG = 512, 4096  # tokens of a long run, in every test run and in `make test-slow`
 
 Law = Callable[[LayerConfig], None]
 LAWS: dict[str, Law] = {}

@@ -21,7 +21,7 @@ test_time_memory.__test__ = False  # it is no test
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_chunk_is_its_tokens(float64, network, slope):
     """Every network with every bias, in both forms; gradients of each network and of each bias."""
-    judge([dual, materialised], slopes=network == "mlp" or slope == "l2", network=network, slope=slope)
+    judge([dual, materialised], slopes=network == "linear" or slope == "l2", network=network, slope=slope)
 
 
 @pytest.mark.parametrize(
