@@ -27,7 +27,7 @@ from layers.ops.attention import attention
 from layers.ops.grid import gather, grid, lay, needed
 from layers.ops.precision import wide
 from layers.ops.rope import rope
-from layers.ops.test_time import Weights, bounded
+from layers.ops.test_time import FEW, Weights, bounded
 from layers.test_time import TestTimeMemory, TestTimeState
 from layers.titans import Titans
 
@@ -126,8 +126,9 @@ class MemoryAsContextLayer(Layer):
         B, T = tokens.pos_BT.shape
         dtype, given, L = wide(x_BTD), state, self.config.segment
         state = jax.tree.map(lambda a: a.astype(dtype), self.init_state(B, T) if state is None else state)
-        # Segments of a row, should every token start a document; and what is usual, or costs little.
-        most, least = T + 1, max(2 * -(-T // L) + 2, 1024 // L)
+        # Segments of a row, should every token start a document; and what is usual, or few anyway.
+        most, least = T + 1, 2 * -(-T // L) + 2
+        least = most if most <= FEW else least
         if self.config.implementation == "naive" or T <= SHORT:
             y, new, aux = self._by_token(x_BTD, tokens.pos_BT, state)
         elif most <= least:

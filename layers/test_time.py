@@ -60,7 +60,7 @@ class TestTimeMemory(LayerConfig):
         `renorm`: the weights into each unit keep the length with which the document began.
     grad_at: with `exact`, whether those weights have faded first ("decayed", as in the gated delta rule) or not yet.
     lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
-        through a chunk bears; (1 - momentum_max) with `exact`.
+        through a chunk bears; 1 with `exact`.
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
@@ -143,7 +143,7 @@ class TestTimeMemory(LayerConfig):
     def largest_step(self) -> float:
         if self.lr_max is not None:
             return self.lr_max
-        return (1 - (self.momentum_max if self.momentum else 0)) / (1 if self.exact else self.chunk)
+        return 1.0 if self.exact else (1 - (self.momentum_max if self.momentum else 0)) / self.chunk
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
         return TestTimeLayer(self, D, rngs=rngs)

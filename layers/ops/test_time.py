@@ -120,8 +120,9 @@ def test_time_memory(
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
 
     C = rule.chunk
-    # Chunks, should every token start a document; and what is usual, or costs little whether there are so many or not.
-    most, least = T + 1, max(2 * -(-T // C) + 8, 1024 // C)
+    # Chunks, should every token start a document; and what is usual (documents of two chunks and more), or few anyway.
+    most, least = T + 1, -(-3 * T // (2 * C)) + 4
+    least = most if most <= FEW else least
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
     else:
@@ -159,6 +160,7 @@ def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, G
     return State(weights, momentum, None if rule.chunk == 1 or rule.exact else weights)
 
 
+FEW = 48
 SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
 EPS = 1e-12  # of squared lengths
 LARGEST = 1e6  # of the loss's slope in what a chunk reads: the state, its tokens
