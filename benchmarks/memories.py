@@ -40,11 +40,12 @@ def forms(core: int, rounds: int, folder: Path, versions: dict[str, str]) -> Ite
             name = (form, remat)
             row = Row("Forms, forward and backward", f"{form}, remat {remat}", ours_ms=times.median(i))
             yield _known(row, facts[name], errors[name])
-        for i, (form, remat) in enumerate(names[1:3], 1):
-            ratio = facts[names[0]]["temp_mb"] / facts[(form, remat)]["temp_mb"]
-            title = f"default against weights of each token, remat {remat}"
-            yield Row("Forms, forward and backward", f"{title}: speed", **at_least(times.ratio(i), 5.0))
-            yield Row("Forms, forward and backward", f"{title}: memory", **at_most(ratio, 0.25))
+        # The goals are set against that form as it comes, remat none; recomputing, it is smaller and slower still.
+        for i, name in ((2, names[2]), (1, names[1])):
+            ratio, judged = facts[names[0]]["temp_mb"] / facts[name]["temp_mb"], i == 2
+            title = f"default against materialised, remat {name[1]}"
+            yield Row("Forms, forward and backward", f"{title}: speed", **at_least(times.ratio(i), 5 if judged else None))
+            yield Row("Forms, forward and backward", f"{title}: memory", **at_most(ratio, 0.25 if judged else None))
 
 
 def _known(row: Row, facts: dict[str, float], error: float | None = None) -> Row:
