@@ -44,8 +44,9 @@ def forms(core: int, rounds: int, folder: Path, versions: dict[str, str]) -> Ite
         for i, name in ((2, names[2]), (1, names[1])):
             ratio, judged = facts[names[0]]["temp_mb"] / facts[name]["temp_mb"], i == 2
             title = f"default against materialised, remat {name[1]}"
-            yield Row("Forms, forward and backward", f"{title}: speed", **at_least(times.ratio(i), 5 if judged else None))
-            yield Row("Forms, forward and backward", f"{title}: memory", **at_most(ratio, 0.25 if judged else None))
+            speed, memory = (5.0, 0.25) if judged else (None, None)
+            yield Row("Forms, forward and backward", f"{title}: speed", **at_least(times.ratio(i), speed))
+            yield Row("Forms, forward and backward", f"{title}: memory", **at_most(ratio, memory))
 
 
 def _known(row: Row, facts: dict[str, float], error: float | None = None) -> Row:
