@@ -16,7 +16,7 @@ config = Experiment(
     ),
     data=Text(T=256, B=16),
     optimizer=Muon(lr=5e-3, schedule=Schedule(warmup=50, shape="wsd", final=0.0, decay=0.4)),
-    train=Train(steps=400, log_every=10, eval_every=100, checkpoint_every=100),
+    train=Train(steps=220, log_every=10, eval_every=55, checkpoint_every=55),
     parameters=1_875_404,
     sample="import os\n\ndef ",
 )

@@ -6,16 +6,17 @@ Vaswani et al. 2017, arXiv 1706.03762.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive, take
+from layers.heads import even
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, one_of, positive, take
 from layers.norm import RMSNorm
-from layers.ops.attention import attention, attention_and_mass, merge
+from layers.ops.attention import attention
 from layers.ops.rope import rope
 
 
@@ -61,16 +62,15 @@ class Attention(LayerConfig):
     gate: bool = False
     bias: bool = False
     persistent: int = 0
-    cache_dtype: str = "float32"
+    cache_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         positive(self, "H", "G", "K", "window", "rope_theta")
+        one_of(self)
         if self.persistent < 0:
             raise ValueError(f"Attention.persistent is {self.persistent}: it must be at least 0")
         if self.G is not None:
             divides(self, "G", "H")
-        if self.cache_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"Attention.cache_dtype is {self.cache_dtype!r}: it must be 'float32' or 'bfloat16'")
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "AttentionLayer":
         return AttentionLayer(self, D, rngs=rngs)
@@ -91,8 +91,8 @@ class AttentionLayer(Layer):
         if config.K is None and D % H:
             raise ValueError(f"Attention.H is {H}, which does not divide D = {D}: change it, or say K")
         K = config.K or D // H
-        if config.rope_theta is not None and K % 2:
-            raise ValueError(f"Attention.K is {K}: rotary positions turn pairs of channels, so it must be even")
+        if config.rope_theta is not None:
+            even(config, K)
         self.config = config
         self.K = K
         self.query = Einsum("BTD,DHK->BTHK", D=D, H=H, K=K, bias=config.bias, rngs=rngs)
@@ -159,17 +159,14 @@ class AttentionLayer(Layer):
         """Attention over the tokens, and over the persistent ones."""
         if self.persistent is None:
             return attention(q_BTHK, k, v, **times)
-        here = attention_and_mass(q_BTHK, k, v, **times)
-        p_BTD = self.persistent[...].astype(x_BTD.dtype)[None]
-        free = self._place(self.query(x_BTD), self.query_norm, None), self._place(self.key(p_BTD), self.key_norm, None)
-        rows = [jnp.broadcast_to(a, (x_BTD.shape[0], *a.shape[1:])) for a in (free[1], self.value(p_BTD))]
-        zeros = [jnp.zeros(a.shape[:2], jnp.int32) for a in (x_BTD, rows[0])]
-        return merge([here, attention_and_mass(free[0], *rows, query_time=zeros[0], key_time=zeros[1])])
+        p_BPD = jnp.broadcast_to(self.persistent[...].astype(x_BTD.dtype)[None], (len(x_BTD), *self.persistent.shape))
+        free, known = self._place(self.query(x_BTD), self.query_norm, None), self._key_value(p_BPD, None)
+        return attention(q_BTHK, k, v, always=(free, *known), **times)
 
     def _query(self, x_BTD: Array, pos_BT: Array) -> Array:
         return self._place(self.query(x_BTD), self.query_norm, pos_BT)
 
-    def _key_value(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array]:
+    def _key_value(self, x_BTD: Array, pos_BT: Array | None) -> tuple[Array, Array]:
         return self._place(self.key(x_BTD), self.key_norm, pos_BT), self.value(x_BTD)
 
     def _place(self, x_BTHK: Array, norm: RMSNorm | None, pos_BT: Array | None) -> Array:

@@ -17,3 +17,11 @@ def head_size(config: Any, field: str, D: int, share: Fraction | int = 1) -> int
             f"so give {field}, or use one of {fit} for H"
         )
     return size.numerator
+
+
+def even(config: Any, K: int) -> None:
+    """Raises ValueError, naming the field, unless rotary positions can turn heads of width K."""
+    if K % 2:
+        raise ValueError(
+            f"{type(config).__name__}.K is {K}: rotary positions turn pairs of channels, so it must be even"
+        )

@@ -9,7 +9,7 @@ carries and so in the rules of the mesh (training/layout.py).
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,18 @@ def positive(config: Any, *fields: str) -> None:
         value = getattr(config, field)
         if value is not None and value < 1:
             raise ValueError(f"{type(config).__name__}.{field} is {value}: it must be at least 1")
+
+
+def one_of(config: Any) -> None:
+    """Raises ValueError, naming the field, unless each that is typed as a Literal holds one of its words.
+
+    For `__post_init__`.
+    """
+    for field in dataclasses.fields(config):
+        words, value = get_args(field.type), getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in words:
+            name = f"{type(config).__name__}.{field.name}"
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(words)}")
 
 
 def divides(config: Any, part: str, whole: str) -> None:

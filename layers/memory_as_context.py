@@ -11,7 +11,6 @@ Attention ends with the segment: what is older is in the memory alone. So segmen
 """
 
 import dataclasses
-import functools
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -19,19 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
-from layers.memory_as_gate import Combine, How, check_combine
+from layers.heads import even, head_size
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.memory_as_gate import Combine, How
 from layers.norm import RMSNorm
 from layers.ops.attention import attention
-from layers.ops.grid import gather, grid, lay, needed
+from layers.ops.grid import SHORT, gather, grid, in_chunks, lay
 from layers.ops.precision import wide
 from layers.ops.rope import rope
-from layers.ops.test_time import FEW, Weights, bounded
+from layers.ops.test_time import Implementation, Weights, bounded
 from layers.test_time import TestTimeMemory, TestTimeState
 from layers.titans import Titans
-
-SHORT = 8  # up to this many tokens are read one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +54,11 @@ class MemoryAsContext(LayerConfig):
     readout: Literal["token", "segment"] = "token"
     combine: How = "silu"
     rope_theta: float = 10_000.0
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Implementation = "auto"
 
     def __post_init__(self):
         positive(self, "H", "K", "segment", "context", "rope_theta")
-        check_combine(self)
-        for field, words in {"write": ("attn_out", "input"), "readout": ("token", "segment")}.items():
-            if getattr(self, field) not in words:
-                given = getattr(self, field)
-                raise ValueError(f"MemoryAsContext.{field} is {given!r}: it must be one of {', '.join(words)}")
+        one_of(self)
         if self.persistent < 0:
             raise ValueError(f"MemoryAsContext.persistent is {self.persistent}: it must be at least 0")
 
@@ -93,8 +86,7 @@ class MemoryAsContextState(NamedTuple):
 class MemoryAsContextLayer(Layer):
     def __init__(self, config: MemoryAsContext, D: int, *, rngs: nnx.Rngs):
         c, H, K = config, config.H, head_size(config, "K", D)
-        if K % 2:
-            raise ValueError(f"MemoryAsContext.K is {K}: rotary positions turn pairs of channels, so it must be even")
+        even(config, K)
         self.config, self.K = config, K
         self.memory = config.memory.build(D, rngs=rngs)
         self.query, self.key = (Einsum("BTD,DHK->BTHK", D=D, H=H, K=K, rngs=rngs) for _ in range(2))
@@ -120,23 +112,17 @@ class MemoryAsContextLayer(Layer):
         c, memory = self.config, self.memory.init_state(B, T)
         S = self.ahead + c.segment * (2 if c.context is None else 1)
         cache = jnp.zeros((B, c.H, S, self.K), jnp.float32)
-        return MemoryAsContextState(memory, memory.weights, cache, cache)
+        return MemoryAsContextState(memory, memory.learner.weights, cache, cache)
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: MemoryAsContextState | None = None) -> Out:
         B, T = tokens.pos_BT.shape
-        dtype, given, L = wide(x_BTD), state, self.config.segment
+        dtype, given, pos_BT, L = wide(x_BTD), state, tokens.pos_BT, self.config.segment
         state = jax.tree.map(lambda a: a.astype(dtype), self.init_state(B, T) if state is None else state)
-        # Segments of a row, should every token start a document; and what is usual, or few anyway.
-        most, least = T + 1, 2 * -(-T // L) + 2
-        least = most if most <= FEW else least
         if self.config.implementation == "naive" or T <= SHORT:
-            y, new, aux = self._by_token(x_BTD, tokens.pos_BT, state)
-        elif most <= least:
-            y, new, aux = self._by_segment(most, x_BTD, tokens.pos_BT, state)
+            y, new, aux = self._by_token(x_BTD, pos_BT, state)
         else:
-            by_segment = functools.partial(self._by_segment, least)
-            few = needed(tokens.pos_BT, L) <= least
-            y, new, aux = jax.lax.cond(few, by_segment, self._by_token, x_BTD, tokens.pos_BT, state)
+            usual = 2 * -(-T // L) + 2
+            y, new, aux = in_chunks(pos_BT, L, usual, self._by_segment, self._by_token, x_BTD, pos_BT, state)
         if given is None:
             return Out(y, None, aux)
         return Out(y, jax.tree.map(lambda new, old: new.astype(old.dtype), new, given), aux)
@@ -210,7 +196,7 @@ class MemoryAsContextLayer(Layer):
         def pick(mask_B: Array, a: Weights, b: Weights) -> Weights:
             return jax.tree.map(lambda a, b: jnp.where(mask_B[:, None, None, None], a, b), a, b)
 
-        now = pick(starts_B, jax.tree.map(lambda w: w[None], first), state.memory.weights)
+        now = pick(starts_B, jax.tree.map(lambda w: w[None], first), state.memory.learner.weights)
         return pick(begins_B, now, state.before)
 
     def _say(self, x_BWD: Array, weights: Weights) -> Array:

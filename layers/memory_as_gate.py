@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from layers.attention import Attention
-from layers.layer import Layer, LayerConfig, Out, Tokens
+from layers.layer import Layer, LayerConfig, Out, Tokens, one_of
 from layers.norm import RMSNorm
 from layers.titans import Titans
 
@@ -36,13 +36,6 @@ class Combine(nnx.Module):
         return y * share if self.how == "sigmoid" else share * y + (1 - share) * m
 
 
-def check_combine(config: Any) -> None:
-    """Raises ValueError, naming the field, unless `config.combine` is one of the ways there are."""
-    if config.combine not in ("silu", "sigmoid", "convex"):
-        name = type(config).__name__
-        raise ValueError(f"{name}.combine is {config.combine!r}: it must be one of silu, sigmoid, convex")
-
-
 @dataclasses.dataclass(frozen=True)
 class MemoryAsGate(LayerConfig):
     """attention and memory: layers, each with its own projections and, where the paper shares them, persistent tokens.
@@ -55,7 +48,7 @@ class MemoryAsGate(LayerConfig):
     combine: How = "silu"
 
     def __post_init__(self):
-        check_combine(self)
+        one_of(self)
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "MemoryAsGateLayer":
         return MemoryAsGateLayer(self, D, rngs=rngs)

@@ -15,7 +15,19 @@ from layers.test_time import Gates, Loss, Retention, TestTimeMemory
 
 
 @dataclasses.dataclass(frozen=True)
-class Moneta(TestTimeMemory):
+class _ByChannel:
+    """What the three share."""
+
+    momentum: bool = False
+    gates: Gates = "output"
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return (cls(H=2, K=8, F=6, rank=4, chunk=4, conv=0),)  # type: ignore[call-arg]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moneta(_ByChannel, TestTimeMemory):
     """p = 3, q = 4. retention "lq_printed" is the map as the paper prints it, under which weights shrink as A grows.
 
     The default, "lq_mirror", is the map that the paper's own derivation gives.
@@ -23,35 +35,17 @@ class Moneta(TestTimeMemory):
 
     loss: Loss = "lp"
     retention: Retention = "lq_mirror"
-    momentum: bool = False
-    gates: Gates = "output"
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return (cls(H=2, K=8, F=6, rank=4, chunk=4, conv=0),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Yaad(TestTimeMemory):
+class Yaad(_ByChannel, TestTimeMemory):
     """loss "huber_norm" bounds each token's gradient; "huber_mix" is eq. 26 itself, which jumps at its threshold."""
 
     loss: Loss = "huber_norm"
-    momentum: bool = False
-    gates: Gates = "output"
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return (cls(H=2, K=8, F=6, rank=4, chunk=4, conv=0),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Memora(TestTimeMemory):
+class Memora(_ByChannel, TestTimeMemory):
     """`scale` is what the weights into each unit add up to. They are positive; norm and signed keys make up for it."""
 
     retention: Retention = "kl"
-    momentum: bool = False
-    gates: Gates = "output"
-
-    @classmethod
-    def examples(cls) -> tuple[Self, ...]:
-        return (cls(H=2, K=8, F=6, rank=4, chunk=4, conv=0),)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
-from layers.ops.test_time import Gate, Rule, State, test_time_memory
+from layers.ops.test_time import Gate, Implementation, Rule, State, test_time_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,11 @@ class MomentumDeltaNet(LayerConfig):
     gate: bool = True
     conv: int = 4
     chunk: int = 64
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Implementation = "auto"
 
     def __post_init__(self):
         positive(self, "H", "K", "V", "chunk")
+        one_of(self)
         check_taps(self)
         if self.least_momentum > 0:
             raise ValueError(f"MomentumDeltaNet.least_momentum is {self.least_momentum}: a log, it must be at most 0")
@@ -112,13 +113,12 @@ class MomentumDeltaNetLayer(Layer):
             (zeros, None),
             state=memory,
             pos=pos,
-            implementation="exact" if c.implementation == "chunked" else c.implementation,
+            implementation=c.implementation,
             wanted=state is not None,
         )
         y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
-        if state is not None and after is not None and after.momentum is not None:
-            new, held = (a["w0"].astype(state.memory_BHKV.dtype) for a in (after.weights, after.momentum))
-            state = MomentumDeltaNetState(new, held, tails)
+        if after is not None and after.momentum is not None:
+            state = MomentumDeltaNetState(after.weights["w0"], after.momentum["w0"], tails)
         return Out(self.out(y), state, aux)
 
     def _gates(self, x_BTD: Array, dtype: jnp.dtype) -> tuple[Gate, dict[str, Array]]:

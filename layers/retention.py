@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
-from layers.heads import head_size
+from layers.heads import even, head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
@@ -61,8 +61,7 @@ class RetentionState(NamedTuple):
 class RetentionLayer(Layer):
     def __init__(self, config: Retention, D: int, *, rngs: nnx.Rngs):
         K, V = head_size(config, "K", D), head_size(config, "V", D, 2)
-        if K % 2:
-            raise ValueError(f"Retention.K is {K}: rotary positions turn pairs of channels, so it must be even")
+        even(config, K)
         self.config, self.K, self.V = config, K, V
         linear = partial(Einsum, D=D, H=config.H, K=K, V=V, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,21 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
-from layers.ops.test_time import Engine, Gate, Remat, Rule, State, Weights, recall, test_time_memory
+from layers.ops.test_time import (
+    Gate,
+    Implementation,
+    Remat,
+    Rule,
+    State,
+    Weights,
+    first_state,
+    recall,
+    test_time_memory,
+)
 
 Loss = Literal["l2", "dot", "huber_norm", "huber_coord", "huber_mix", "lp"]
 Retention = Literal["decay", "kl", "bounded", "lq_printed", "lq_mirror", "elastic"]
@@ -98,16 +108,14 @@ class TestTimeMemory(LayerConfig):
     persistent: int = 0
     conv: int = 4
     gate: bool = True
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Implementation = "auto"
     remat: Remat = "both"
 
     def __post_init__(self):
         positive(self, "H", "K", "F", "depth", "rank", "chunk")
+        one_of(self)
         check_taps(self)
         name = type(self).__name__
-        for field, kind in typed(type(self)).items():
-            if getattr(self, field) not in kind:
-                raise ValueError(f"{name}.{field} is {getattr(self, field)!r}: it must be one of {', '.join(kind)}")
         if self.persistent < 0:
             raise ValueError(f"{name}.persistent is {self.persistent}: it must be at least 0")
         if not 0 < self.momentum_max < 1:
@@ -159,24 +167,27 @@ class TestTimeMemory(LayerConfig):
         )
 
 
-def typed(cls: type) -> dict[str, tuple[str, ...]]:
-    """The fields that take one of a few words, with the words."""
-    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
-    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
-
-
 class TestTimeState(NamedTuple):
-    """weights, momentum, anchor (what the chunk began with), and with update="chunk" pending, the sum of its steps.
+    """learner: weights and what learning carries, float32 (layers.ops.memory_forms). tails: of the convolutions."""
 
-    By matrix, [B, H, inputs, outputs] float32. tally: [B, H, 1, 1], the sum of the chunk's momentum gates.
-    """
-
-    weights: Weights
-    momentum: Weights | None
-    anchor: Weights | None
-    pending: Weights | None
-    tally: Array | None
+    learner: State
     tails: Tails
+
+
+def fresh(rule: Rule, start: tuple[Weights, Weights | None], B: int, tails: Tails) -> TestTimeState:
+    """The state with which B documents begin; start: weights and momentum, [H, inputs, outputs] each."""
+    row = jax.tree.map(lambda w: w.astype(jnp.float32)[None], start)
+    return TestTimeState(first_state(rule, *jax.tree.map(lambda w: jnp.broadcast_to(w, (B, *w.shape[1:])), row)), tails)
+
+
+def answer_norm(H: int, K: int) -> nnx.Dict:
+    """Scale and shift of the layer norm that ends a memory, its `outer`."""
+    return nnx.Dict(
+        {
+            "scale": nnx.Param(jnp.ones([H, K], jnp.float32), axes="HV", decay=False),
+            "shift": nnx.Param(jnp.zeros([H, K], jnp.float32), axes="HV", decay=False),
+        }
+    )
 
 
 class TestTimeLayer(Layer):
@@ -211,14 +222,7 @@ class TestTimeLayer(Layer):
                 for i, (name, (a, b)) in enumerate(self.sizes.items())
             }
         )
-        self.outer = nnx.Dict(
-            {
-                "scale": nnx.Param(jnp.ones([H, K], jnp.float32), axes="HV", decay=False),
-                "shift": nnx.Param(jnp.zeros([H, K], jnp.float32), axes="HV", decay=False),
-            }
-            if c.norm
-            else {}
-        )
+        self.outer = answer_norm(H, K) if c.norm else nnx.Dict({})
         P = c.persistent
         self.persistent = nnx.Param(jax.random.normal(rngs.params(), [P, D], jnp.float32), axes="SD") if P else None
         self.gate = linear("BTD,DHV->BTHV") if c.gate else None
@@ -240,37 +244,22 @@ class TestTimeLayer(Layer):
 
     def init_state(self, B: int, T: int) -> TestTimeState:
         """The memory with which a document starts."""
-        weights, momentum = self.begin(jnp.dtype(jnp.float32))
-        weights, momentum = jax.tree.map(
-            lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), (weights, momentum)
-        )
-        state = State(weights, momentum, weights)
-        if self.config.update == "chunk":
-            tally = jnp.zeros((B, self.config.H, 1, 1), jnp.float32)
-            state = State(weights, momentum, None, jax.tree.map(jnp.zeros_like, weights), tally)
-        elif self.config.chunk == 1 or self.config.exact:
-            state = state._replace(anchor=None)
-        return TestTimeState(**state._asdict(), tails=self.convs.init_tails(B))
+        return fresh(self.rule, self.begin(jnp.dtype(jnp.float32)), B, self.convs.init_tails(B))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
         return self.learn(x_BTD, tokens.pos_BT, state)
 
     def learn(self, x_BTD: Array, pos: Array, state: TestTimeState | None = None, chunks: int | None = None) -> Out:
         """The call itself, for layers around this one. chunks: how many a row holds at most, if that is known."""
-        memory = None if state is None else State(*state[:-1])
+        learner, tails = (None, None) if state is None else state
         dtype = wide(x_BTD)
         if state is None or self.persistent is None:
             start = self.begin(dtype)
         else:  # a piece in which no document begins, such as a token that is decoded, need not read the persistent ones
             start = jax.lax.cond(jnp.any(pos == 0), lambda: self.begin(dtype), lambda: self._blank(dtype))
-        tails = None if state is None else state.tails
-        y, after, tails, said = self._learn(x_BTD, pos, memory, tails, start, chunks=chunks)
+        y, after, tails, said = self._learn(x_BTD, pos, learner, tails, start, chunks=chunks)
         y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
-        new = None
-        if state is not None and after is not None:
-            kept = jax.tree.map(lambda new, old: new.astype(old.dtype), after, memory)
-            new = TestTimeState(**kept._asdict(), tails=tails)
-        return Out(self.out(y), new, said)
+        return Out(self.out(y), None if after is None else TestTimeState(after, tails), said)
 
     def recall(self, q_BTHK: Array, weights: Weights) -> Array:
         """What a memory of `weights` [B, H, inputs, outputs] answers to queries, made of unit length; y_BTHV."""
@@ -298,7 +287,7 @@ class TestTimeLayer(Layer):
         self,
         x_BTD: Array,
         pos: Array,
-        memory: State | None,
+        learner: State | None,
         tails: Tails | None,
         start: tuple[Weights, Weights | None],
         wanted: bool = False,
@@ -326,11 +315,11 @@ class TestTimeLayer(Layer):
             start,
             outer,
             threshold=threshold,
-            state=memory,
+            state=learner,
             pos=pos,
-            implementation=self._engine(),
+            implementation=c.implementation,
             remat=c.remat,
-            wanted=wanted or memory is not None,
+            wanted=wanted or learner is not None,
             chunks=chunks,
         )
         said = {"lr": lr, "keep": None if keep is None else jnp.exp(keep)}
@@ -347,15 +336,6 @@ class TestTimeLayer(Layer):
             gates[name] = Gate(lr[..., part], keep_, momentum_)
             at += 0 if self.config.gates == "head" else width
         return gates
-
-    def _engine(self) -> Engine:
-        if self.config.implementation != "chunked":
-            return self.config.implementation
-        if self.rule.exact:
-            return "exact"
-        if self.rule.whole:
-            return "auto"
-        return "dual" if self.rule.retention is None and self.rule.step is None else "materialised"
 
 
 def rule_of(config: TestTimeMemory) -> Rule:

@@ -19,14 +19,14 @@ from flax import nnx
 from jax import Array
 
 from layers.conv import ShortConvs, Tails
-from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.heads import even, head_size
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import LayerNorm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
 from layers.ops.rope import rope
-from layers.ops.test_time import Gate, Remat, Rule, State, test_time_memory
-from layers.test_time import TestTimeState
+from layers.ops.test_time import Gate, Implementation, Remat, Rule, test_time_memory
+from layers.test_time import TestTimeState, answer_norm, fresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +47,15 @@ class TTTLinear(LayerConfig):
     base: float = 1.0
     backbone: Literal["mamba", "transformer"] = "mamba"
     rope_theta: float | None = 10_000.0
-    implementation: Literal["auto", "naive", "chunked"] = "auto"
+    implementation: Implementation = "auto"
     remat: Remat = "both"
     depth: ClassVar[int] = 1  # matrices
 
     def __post_init__(self):
         positive(self, "H", "K", "chunk", "rope_theta")
-        name = type(self).__name__
+        one_of(self)
         if self.base <= 0:
-            raise ValueError(f"{name}.base is {self.base}: it must be above 0")
-        if self.backbone not in ("mamba", "transformer"):
-            raise ValueError(f"{name}.backbone is {self.backbone!r}: it must be one of mamba, transformer")
+            raise ValueError(f"{type(self).__name__}.base is {self.base}: it must be above 0")
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TTTLayer":
         return TTTLayer(self, D, rngs=rngs)
@@ -88,10 +86,8 @@ class TTTLayer(Layer):
     def __init__(self, config: TTTLinear, D: int, *, rngs: nnx.Rngs):
         c, H, K, depth = config, config.H, head_size(config, "K", D), config.depth
         F = config.F if isinstance(config, TTTMLP) else None
-        if c.rope_theta is not None and K % 2:
-            raise ValueError(
-                f"{type(c).__name__}.K is {K}: rotary positions turn pairs of channels, so it must be even"
-            )
+        if c.rope_theta is not None:
+            even(c, K)
         self.config, self.K = config, K
         mamba = c.backbone == "mamba"
         linear = functools.partial(Einsum, D=D, H=H, K=K, V=K, rngs=rngs)
@@ -113,12 +109,7 @@ class TTTLayer(Layer):
                 for i, (a, b) in enumerate(sizes.values())
             }
         )
-        self.outer = nnx.Dict(
-            {
-                "scale": nnx.Param(jnp.ones([H, K], jnp.float32), axes="HV", decay=False),
-                "shift": nnx.Param(jnp.zeros([H, K], jnp.float32), axes="HV", decay=False),
-            }
-        )
+        self.outer = answer_norm(H, K)
         self.gate = linear("BTD,DHV->BTHV") if mamba else None
         self.norm = LayerNorm("HV", H=H, V=K)
         self.out = linear("BTHV,HVD->BTD", residual=True)
@@ -126,10 +117,8 @@ class TTTLayer(Layer):
 
     def init_state(self, B: int, T: int) -> TestTimeState:
         """The memory with which a document starts; `momentum` holds the sum of the chunk's steps."""
-        weights = {n: jnp.broadcast_to(w[...].astype(jnp.float32)[None], (B, *w.shape)) for n, w in self.start.items()}
-        anchor = None if self.config.chunk == 1 else weights
-        state = State(weights, jax.tree.map(jnp.zeros_like, weights), anchor)
-        return TestTimeState(**state._asdict(), tails=self.convs.init_tails(B))
+        start = {name: w[...] for name, w in self.start.items()}
+        return fresh(self.rule, (start, None), B, self.convs.init_tails(B))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
         c, pos, dtype = self.config, tokens.pos_BT, wide(x_BTD)
@@ -153,17 +142,14 @@ class TTTLayer(Layer):
             (start, None),
             outer,
             row=jnp.broadcast_to(row_C, (c.H, c.chunk)),
-            state=None if state is None else State(*state[:-1]),
+            state=None if state is None else state.learner,
             pos=pos,
-            implementation="dual" if c.implementation == "chunked" else c.implementation,
+            implementation=c.implementation,
             remat=c.remat,
             wanted=state is not None,
         )
         y = self.norm(y)
         if self.gate is not None:
             y = y * jax.nn.gelu(self.gate(x_BTD))
-        new = None
-        if state is not None and after is not None:
-            kept = jax.tree.map(lambda new, old: new.astype(old.dtype), after, State(*state[:-1]))
-            new = TestTimeState(**kept._asdict(), tails=tails)
+        new = None if after is None else TestTimeState(after, tails)
         return Out(self.out(y), new, {"lr": jnp.mean(lr).astype(jnp.float32)})

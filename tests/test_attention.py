@@ -338,7 +338,7 @@ def test_a_decoding_loop_writes_its_cache_in_place():
         (dict(H=4, G=3), "G is 3, which does not divide H = 4"),
         (dict(H=4, K=7), "K is 7: rotary"),
         (dict(window=0), "window is 0"),
-        (dict(cache_dtype="int8"), "'float32' or 'bfloat16'"),
+        (dict(cache_dtype="int8"), "cache_dtype is 'int8': it must be one of float32, bfloat16"),
     ],
 )
 def test_the_config_says_what_is_wrong(fields: dict, complaint: str):

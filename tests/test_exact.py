@@ -34,7 +34,7 @@ def case_of(T: int, **options) -> Case:
 def test_chunks_are_the_definition(float64, options):
     """Values, state and every gradient, over documents that start anywhere, with momentum, an apply gate, p = a k."""
     case, pos = case_of(23, **options), documents(23)
-    close(case.graded(pos, implementation="exact"), case.graded(pos, implementation="naive"))
+    close(case.graded(pos, implementation="chunked"), case.graded(pos, implementation="naive"))
 
 
 def test_a_chunk_size_changes_nothing(float64):
@@ -58,7 +58,7 @@ def test_extreme_gates(float64):
     for log in (-60.0, -700.0):
         shut = {"w0": gate._replace(log_keep=jnp.full_like(gate.lr, log), log_momentum=jnp.full_like(gate.lr, log))}
         case.arrays["gates"] = shut
-        out, grads = case.graded(None, implementation="exact")
+        out, grads = case.graded(None, implementation="chunked")
         close(out, case.graded(None, implementation="naive")[0])
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
 
@@ -73,7 +73,7 @@ def test_without_momentum_it_is_the_gated_delta_rule(float64):
         keep = 1.0 if decayed else jnp.exp(gate.log_keep)
         beta, v = gate.lr / keep, keep * a["v"]
         zero = a | {"start": jax.tree.map(jnp.zeros_like, a["start"])}
-        y, state = case.call(zero, pos, implementation="exact")
+        y, state = case.call(zero, pos, implementation="chunked")
         want, memory = recurrence(
             *(a["q"], a["k"], beta * v, beta * a["k"], gate.log_keep[..., 0]),
             state=jnp.zeros((B, H, K, K)),
@@ -85,8 +85,8 @@ def test_without_momentum_it_is_the_gated_delta_rule(float64):
 @pytest.mark.parametrize(
     ("rule", "options", "message"),
     [
-        ({}, {"implementation": "dual"}, "'dual' does not serve"),
-        ({"exact": None}, {"implementation": "exact"}, "'exact' does not serve"),
+        ({}, {"implementation": "dual"}, "'dual': choose naive, chunked or auto"),
+        ({"whole": 8}, {}, "neither exact"),
         ({"retention": jnp.tanh}, {}, "one matrix"),
     ],
 )

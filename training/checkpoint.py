@@ -7,7 +7,7 @@ A checkpoint is a folder named by its step:
         meta.json    {"format", "step", "metric", "arrays": {group: {name: [dtype, shape]}}, "meta": the caller's}
         SHA256SUMS   the digest of every file above (`sha256sum -c SHA256SUMS` checks it by hand)
 
-It is written under `tmp-00000300` and renamed when every byte, the digests included, is on the disk: a folder with
+It is written under `tmp-00000300-1` and renamed when every byte, the digests included, is on the disk: a folder with
 a step's name is whole or was damaged later. Orbax alone restores flipped bits without a word, hence the digests.
 Nothing here unpickles or executes what it reads. One process writes; several processes are not supported yet.
 """
@@ -69,6 +69,7 @@ class Checkpoints:
         self._orbax: Any = None
         self._writer: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._saves = 0
         if writable:
             if strange := sorted(set("*?[\\") & set(str(self.folder))):
                 # Orbax takes its own path for a pattern where it merges its files, and so leaves them unmerged.
@@ -102,9 +103,9 @@ class Checkpoints:
         metric: lower is better; None or a number that is not finite never counts as best.
 
         The writing goes on in a thread, one save at a time. A save that fails (a full disk, a folder that cannot be
-        written) leaves the earlier checkpoints as they were, removes what it had written, and raises
-        CheckpointError: this call, if it shows at once, or else the next `save` (which then saves nothing itself),
-        `wait` or `close`.
+        written) leaves the earlier checkpoints as they were, removes what it had written (what a late write still
+        adds goes with the next save), and raises CheckpointError: this call, if it shows at once, or else the next
+        `save` (which then saves nothing itself), `wait` or `close`.
         A checkpoint of the same step is replaced, and those of later steps (a future that a resumed run has
         abandoned) are deleted, once the new one is complete.
         """
@@ -116,7 +117,9 @@ class Checkpoints:
         described = {group: {name: _describe(x) for name, x in named.items()} for group, named in arrays.items()}
         record = {"format": FORMAT, "step": step, "metric": metric, "arrays": described, "meta": meta}
         text = json.dumps(record, indent=1)
-        temporary = self.folder / f"{TEMPORARY}{step:08d}"
+        # A name of its own: writes that a full disk refused may go on for a moment after their save has failed.
+        self._saves += 1
+        temporary = self.folder / f"{TEMPORARY}{step:08d}-{self._saves}"
         try:
             self._sweep()
             temporary.mkdir(parents=True)
@@ -194,6 +197,7 @@ class Checkpoints:
 
             # Weights hardly compress (12% here, for half as much CPU time again).
             logging.getLogger("absl").addFilter(_not_orbax)
+            logging.getLogger("asyncio").addFilter(_not_another_write)
             _hush_closed_loops()
             self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         return self._orbax
@@ -451,6 +455,12 @@ def reason(error: BaseException) -> str:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs each failed write as pages of traceback; it also raises it, and we report that in one line."""
     return "orbax" not in Path(record.pathname).parts
+
+
+def _not_another_write(record: logging.LogRecord) -> bool:
+    """Of the writes that a full disk refuses orbax raises the first; asyncio logs the rest as never asked for."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "never retrieved" not in record.getMessage() or "os_error_code=" not in str(error)
 
 
 def _hush_closed_loops() -> None:

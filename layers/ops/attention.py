@@ -36,6 +36,7 @@ def attention(
     since: Array | None = None,
     window: int | None = None,
     head_major: bool = False,
+    always: tuple[Array, Array, Array] | None = None,
     block: int | None = None,
     implementation: str = "auto",
 ) -> Array:
@@ -47,60 +48,16 @@ def attention(
         nothing and is never seen. Both None: self-attention (S = T) at times 0..T-1.
     since [B,T]: int32, the earliest time that a query may see (where its document began); None = 0.
     window: a query sees the keys of its own and the window - 1 times before; None = all.
+    always: (queries [B,T,H,K], keys [B,P,G,K], values [B,P,G,V]) of P more keys, which every query sees whatever the
+        times, under the same softmax, and meets with queries of their own.
     head_major: keys and values come as [B,G,S,K] and [B,G,S,V], the layout in which caches are read at full speed.
     block: queries and keys in a block of "blocks"; None = 128 on CPU (scores stay in the core's cache), else 512.
-    implementation: "naive" | "blocks" | "cudnn" | "auto". cudnn knows no times and asks for a GPU, bfloat16 or float16,
-        and V = K; auto takes it where it fits, else naive where scores are few, else blocks.
+    implementation: "naive" | "blocks" | "cudnn" | "auto". cudnn knows neither times nor `always`, and asks for a GPU,
+        bfloat16 or float16, and V = K; auto takes it where it fits, else naive where scores are few, else blocks.
 
     Statistics and sums are float32 (float64 for float64 inputs). "blocks" is differentiable once, in reverse.
     Raises ValueError for sizes that do not agree, times given by half, an unknown or unfit implementation.
     """
-    times = query_time, key_time, since, window
-    return _attention(q_BTHK, k_BSGK, v_BSGV, scale, times, head_major, block, implementation, False)[0]
-
-
-def attention_and_mass(
-    q_BTHK: Array,
-    k_BSGK: Array,
-    v_BSGV: Array,
-    *,
-    scale: float | None = None,
-    query_time: Array | None = None,
-    key_time: Array | None = None,
-    since: Array | None = None,
-    window: int | None = None,
-    head_major: bool = False,
-    block: int | None = None,
-    implementation: str = "auto",
-) -> tuple[Array, Array]:
-    """As `attention`; also mass_BTH, the log of the sum of exp(score), by which averages over other keys are weighed.
-
-    "cudnn", which does not tell it, is not served, and not chosen. Where a query sees nothing the mass is the lowest
-    finite number.
-    """
-    times = query_time, key_time, since, window
-    return _attention(q_BTHK, k_BSGK, v_BSGV, scale, times, head_major, block, implementation, True)
-
-
-def merge(parts: list[tuple[Array, Array]]) -> Array:
-    """One softmax over the keys of all parts: (y_BTHV, mass_BTH) each, as from `attention_and_mass`."""
-    mass = jnp.stack([mass for _, mass in parts])
-    share = jax.nn.softmax(mass, 0)[..., None]
-    return jnp.sum(jnp.stack([y for y, _ in parts]).astype(share.dtype) * share, 0).astype(parts[0][0].dtype)
-
-
-def _attention(
-    q_BTHK: Array,
-    k_BSGK: Array,
-    v_BSGV: Array,
-    scale: float | None,
-    times: tuple[Array | None, Array | None, Array | None, int | None],
-    head_major: bool,
-    block: int | None,
-    implementation: str,
-    mass: bool,
-) -> tuple[Array, Any]:
-    query_time, key_time, since, window = times
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3] if not head_major else k_BSGK.shape[2:0:-1]
     V = v_BSGV.shape[-1]
@@ -117,21 +74,20 @@ def _attention(
         raise ValueError(f"attention: {T} queries and {S} keys need query_time and key_time")
     plain = query_time is None
     if implementation == "auto":
-        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain and not mass)
+        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain and always is None)
 
     dtype = q_BTHK.dtype if q_BTHK.dtype == k_BSGK.dtype == v_BSGV.dtype else wide(q_BTHK, k_BSGK, v_BSGV)
     q, k, v = (a.astype(dtype) for a in (q_BTHK, k_BSGK, v_BSGV))
     scale = K**-0.5 if scale is None else scale
     if implementation == "cudnn":
-        if not plain or K != V or mass:
-            raise ValueError("attention: cudnn knows neither times, nor values wider than keys, nor mass; use 'blocks'")
+        if not plain or K != V or always is not None:
+            raise ValueError("attention: cudnn knows no times, values wider than keys, or `always`; use 'blocks'")
         if head_major:
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         local = None if window is None else (window - 1, 0)
-        y_BTHV = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
-        return y_BTHV.astype(q_BTHK.dtype), None
+        ).astype(q_BTHK.dtype)
 
     if not head_major:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -148,7 +104,13 @@ def _attention(
         y_BTHV, mass_BTH = _in_blocks(q, k, v, query_time, earliest, key_time, scale, block)
     else:
         raise ValueError(f"attention: implementation is {implementation!r}, not naive, blocks, cudnn or auto")
-    return y_BTHV.astype(q_BTHK.dtype), mass_BTH
+    if always is not None:
+        free, k, v = (a.astype(dtype) for a in always)
+        now, then = (jnp.zeros((B, n), jnp.int32) for n in (T, k.shape[1]))
+        more_BTHV, more_BTH = _naive(free, k.swapaxes(1, 2), v.swapaxes(1, 2), now, now, then, scale)
+        share_BTH1 = jax.nn.sigmoid(mass_BTH - more_BTH)[..., None]
+        y_BTHV = y_BTHV * share_BTH1 + more_BTHV * (1 - share_BTH1)
+    return y_BTHV.astype(q_BTHK.dtype)
 
 
 def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> str:
@@ -169,6 +131,7 @@ def _naive(
     key_time_BS: Array,
     scale: float,
 ) -> tuple[Array, Array]:
+    """y_BTHV, and mass_BTH: the log of the sum of exp(score), the lowest finite number where nothing is seen."""
     (B, T, H, _), (G, S) = q_BTHK.shape, k_BGSK.shape[1:3]
     kind = wide(q_BTHK)
     # The queries of a group as rows of one matrix: a form of product for which no backend turns a cache around.

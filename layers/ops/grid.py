@@ -3,11 +3,16 @@
 A token's slot is pos mod C. Padding has none. A row holds N chunks, as many as it needs and then empty ones.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+FEW = 48  # a row of as many chunks, most of them empty, costs nothing
+SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
 
 
 class Grid(NamedTuple):
@@ -20,6 +25,14 @@ class Grid(NamedTuple):
 def needed(pos: Array, C: int) -> Array:
     """How many chunks the fullest row holds; pos int32 [B, T]."""
     return jnp.max(_chunk(pos, C)) + 1
+
+
+def in_chunks(pos: Array, C: int, usual: int, by_chunk: Callable, by_token: Callable, *args: Any) -> Any:
+    """by_chunk(N, *args) with N chunks a row, as many as rows usually need; by_token(*args) for rows that need more."""
+    most = pos.shape[1] + 1  # should every token start a document
+    if most <= max(usual, FEW):
+        return by_chunk(most, *args)
+    return jax.lax.cond(needed(pos, C) <= usual, functools.partial(by_chunk, usual), by_token, *args)
 
 
 def grid(pos: Array, C: int, N: int) -> Grid:

@@ -234,6 +234,15 @@ def summed(rule: Rule, state: State, x: Token, row: Array | None, outer: Any) ->
     return state._replace(pending=pending, tally=state.tally + count(x)), y
 
 
+def form_of(rule: Rule) -> Callable[[Rule, State, Token, Array | None, Any], tuple[State, Array]]:
+    """The form that serves a rule at the least cost."""
+    if rule.exact is not None:
+        return exact
+    if rule.whole is not None:
+        return summed
+    return dual if rule.retention is None and rule.step is None else materialised
+
+
 def count(x: Token) -> Array:
     """The sum of momentum gates over the tokens there are, [1, 1]."""
     gate = next(iter(x.gates.values()))

@@ -17,9 +17,8 @@ C tells all steps of C tokens at once ("exact"). There C is only how the work is
 And a memory may take one step for a whole chunk of thousands of tokens, when the next one begins (LaCT, 2505.23884;
 `Rule.whole`): S = mean momentum · S + sum of U, A = A + step(S), each unit's weights brought back to their length.
 
-"naive" is the definition, token by token. "dual" and "materialised" read a chunk at once (layers/ops/memory_forms.py):
-the first never forms a token's weights; the second does, and so serves what the first cannot, retentions that are not
-linear and steps that are made orthogonal.
+"naive" is the definition, token by token. "chunked" reads a chunk at once, in whichever form of it serves the rule
+(layers/ops/memory_forms.py).
 """
 
 import functools
@@ -32,24 +31,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.ops.chunk_tables import Open
-from layers.ops.grid import gather, grid, lay, needed
+from layers.ops.grid import SHORT, gather, grid, in_chunks, lay
 from layers.ops.memory_forms import (
     Rule,
     State,
     Token,
     Weights,
     count,
-    dual,
-    exact,
-    materialised,
+    form_of,
     plain,
     pull,
     retained,
-    summed,
 )
 from layers.ops.precision import wide
 
-Engine = Literal["auto", "naive", "dual", "materialised", "exact"]
+Implementation = Literal["auto", "naive", "chunked"]
 Remat = Literal["none", "body", "both"]
 
 
@@ -75,12 +71,12 @@ def test_time_memory(
     row: Array | None = None,
     state: State | None = None,
     pos: Array | None = None,
-    implementation: Engine = "auto",
+    implementation: Implementation = "auto",
     remat: Remat = "both",
     wanted: bool = True,
     chunks: int | None = None,
 ) -> tuple[Array, State | None]:
-    """Returns (y_BTHV in the dtype of v, the state after the last token, float32 or float64).
+    """Returns (y_BTHV in the dtype of v, the state after the last token, in the dtypes in which it came).
 
     gates: for each matrix. start: weights and momentum (None: zeros) with which a document begins, [H, inputs, outputs]
     each; `outer`: leaves [H, ...]. threshold: [B, T, H, 1], for biases that have one. row: [H, C], for `average`.
@@ -89,14 +85,10 @@ def test_time_memory(
     the square root of the number of chunks, instead of all). wanted: whether the state is; where it is not (None comes
     back) and none came, no anchor is carried. chunks: the most that a row holds, where that is known.
     """
-    if implementation not in get_args(Engine):
-        raise ValueError(f"implementation {implementation!r}: choose naive, dual, materialised, exact or auto")
-    if implementation not in ("auto", "naive") and (implementation == "exact") != (rule.exact is not None):
-        raise ValueError(f"implementation {implementation!r} does not serve a rule whose `exact` is {rule.exact}")
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation {implementation!r}: choose naive, chunked or auto")
     if rule.exact is not None and (rule.retention, rule.step, rule.average, set(gates)) != (None, None, False, {"w0"}):
         raise ValueError("an exact rule has one matrix, w0, that fades by itself, and steps applied as they are")
-    if implementation == "dual" and (rule.retention is not None or rule.step is not None):
-        raise ValueError("the dual form serves linear retentions and steps only: choose materialised or auto")
     if len({gate.log_momentum is None for gate in gates.values()}) > 1:
         raise ValueError("either all matrices have momentum or none has")
     if rule.whole is not None and (rule.exact, rule.retention, rule.average) != (None, None, False):
@@ -109,8 +101,10 @@ def test_time_memory(
     dtype = wide(q_BTHK, v_BTHV)
     xs = Token(q_BTHK, k_BTHK, v_BTHV, gates, threshold)
     xs, start, outer, row = jax.tree.map(lambda x: x.astype(dtype), (xs, start, outer, row))
-    begin = _begin(rule, start, gates)
-    loose = state is None and not wanted  # every chunk begins with its anchor: A is enough
+    if start[1] is None and any(gate.log_momentum is not None for gate in gates.values()):
+        start = start[0], jax.tree.map(jnp.zeros_like, start[0])
+    begin = first_state(rule, *start)
+    given, loose = state, state is None and not wanted  # loose: every chunk begins with its anchor, so A is enough
     if state is None:
         state = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (B, *x.shape)), begin)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
@@ -120,27 +114,26 @@ def test_time_memory(
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
 
     C = rule.chunk
-    # Chunks, should every token start a document; and what is usual (documents of two chunks and more), or few anyway.
-    most, least = T + 1, -(-3 * T // (2 * C)) + 4
-    least = most if most <= FEW else least
+    run = functools.partial(_chunked, rule, loose, remat)
+    args = xs, begin, outer, row, state, pos
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
-        y, state = _naive(rule, xs, begin, outer, row, state, pos)
-    else:
-        form = materialised if implementation == "materialised" or rule.retention or rule.step else dual
-        piece = exact if rule.exact else summed if rule.whole else form
-        run = functools.partial(_chunked, rule, piece, loose, remat)
-        if known:
-            y, state = run(-(-T // C), xs, begin, outer, row, state, pos)
-        elif most <= least or chunks is not None:
-            y, state = run(chunks or most, xs, begin, outer, row, state, pos)
-        else:
-            y, state = jax.lax.cond(
-                needed(pos, C) <= least,
-                functools.partial(run, least),
-                functools.partial(_naive, rule),
-                *(xs, begin, outer, row, state, pos),
-            )
+        y, state = _naive(rule, *args)
+    elif known or chunks is not None:
+        y, state = run(chunks or -(-T // C), *args)
+    else:  # documents of two chunks and more are usual
+        y, state = in_chunks(pos, C, -(-3 * T // (2 * C)) + 4, run, functools.partial(_naive, rule), *args)
+    if given is not None:
+        state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
     return y.astype(v_BTHV.dtype), state if wanted else None
+
+
+def first_state(rule: Rule, weights: Weights, momentum: Weights | None = None) -> State:
+    """The state in which a document begins; momentum: None for rules without (an average has its own, zeros)."""
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    momentum = zeros if rule.average else momentum
+    if rule.whole is not None:
+        return State(weights, momentum, None, zeros, zeros[next(iter(zeros))][..., :1, :1])
+    return State(weights, momentum, None if rule.chunk == 1 or rule.exact else weights)
 
 
 def _open(gate: Gate, valid_BT11: Array) -> Open:
@@ -149,19 +142,6 @@ def _open(gate: Gate, valid_BT11: Array) -> Open:
     return Open(*(None if x is None else jnp.where(valid_BT11, x, 0) for x in gates))  # type: ignore[arg-type]
 
 
-def _begin(rule: Rule, start: tuple[Weights, Weights | None], gates: dict[str, Gate]) -> State:
-    """The state in which a document begins, without the axis B."""
-    weights, momentum = start
-    if momentum is None and (rule.average or any(gate.log_momentum is not None for gate in gates.values())):
-        momentum = jax.tree.map(jnp.zeros_like, weights)
-    if rule.whole is not None:
-        zeros = jax.tree.map(jnp.zeros_like, weights)
-        return State(weights, momentum, None, zeros, zeros[next(iter(zeros))][:, :1, :1])
-    return State(weights, momentum, None if rule.chunk == 1 or rule.exact else weights)
-
-
-FEW = 48
-SHORT = 8  # up to this many tokens the definition is the faster form, and the faster to compile
 EPS = 1e-12  # of squared lengths
 LARGEST = 1e6  # of the loss's slope in what a chunk reads: the state, its tokens
 
@@ -304,7 +284,6 @@ def _scan(body: Callable, state: State, xs: Any, group: int) -> tuple[State, Arr
 
 def _chunked(
     rule: Rule,
-    piece: Callable,
     loose: bool,
     remat: Remat,
     N: int,
@@ -327,7 +306,7 @@ def _chunked(
     if loose:
         state = state._replace(anchor=None)
 
-    every = _heads(functools.partial(piece, rule), (True, True, False, False))
+    every = _heads(functools.partial(form_of(rule), rule), (True, True, False, False))
 
     def body(state: State, x: Any) -> tuple[State, Array]:
         x, valid_BC, starts_B, boundary_B = x
