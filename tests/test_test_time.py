@@ -204,6 +204,17 @@ def test_a_document_starts_where_it_is_told():
         assert (state.momentum[name] == 1).all()
 
 
+def test_a_learner_that_diverges_stays_finite():
+    """Steps a hundred times too long, in float32: the error grows with every chunk, and so would the weights."""
+    case = Case(96, "linear", chunk=4)
+    far = {"w0": case.arrays["gates"]["w0"]._replace(lr=jnp.full((B, 96, H, 1), 50.0))}
+    case.arrays = jax.tree.map(lambda a: a.astype(jnp.float32), case.arrays | {"gates": far})
+    for implementation in ("naive", "chunked"):
+        (y, state), grads = case.graded(None, implementation=implementation)
+        assert jnp.abs(y).max() > 1e6  # it did diverge
+        assert all(jnp.isfinite(a).all() for a in jax.tree.leaves((y, state, grads)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

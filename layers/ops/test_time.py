@@ -143,7 +143,7 @@ def _open(gate: Gate, valid_BT11: Array) -> Open:
 
 
 EPS = 1e-12  # of squared lengths
-LARGEST = 1e6  # of the loss's slope in what a chunk reads: the state, its tokens
+LARGEST = 1e6  # of weights where a chunk begins, and of the loss's slope in what a chunk reads: the state, its tokens
 
 
 @jax.custom_vjp
@@ -151,8 +151,7 @@ def bounded(state: Any) -> Any:
     """A tree of arrays; its cotangent, by matrix (the last two axes), scaled down where an entry is beyond LARGEST.
 
     A learner driven past its stable range is chaotic: the slope in where it began grows with every chunk, until it is
-    infinite. Bounded, it is merely large, which clipping can deal with; and where it is infinite within one chunk, it
-    says nothing, and counts as zero. Below the bound nothing changes.
+    infinite. Bounded, it is merely large, which clipping can deal with. Below the bound nothing changes.
     """
     return state
 
@@ -160,7 +159,7 @@ def bounded(state: Any) -> Any:
 def _bound(_: None, cotangent: Any) -> tuple[Any]:
     def scaled(g: Array) -> Array:
         most = jnp.max(jnp.abs(g), tuple(range(max(g.ndim - 2, 0), g.ndim)), keepdims=True)
-        return jnp.where(jnp.isfinite(most), g * (LARGEST / jnp.maximum(most, LARGEST)).astype(g.dtype), 0)
+        return g * (LARGEST / jnp.maximum(most, LARGEST)).astype(g.dtype)
 
     return (jax.tree.map(scaled, cotangent),)
 
@@ -180,6 +179,8 @@ def _where(mask_B: Array, a: Any, b: Any) -> Any:
 
 def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: Array) -> State:
     """What happens before the first token of a chunk."""
+    # What has diverged so far would overflow in this chunk.
+    state = jax.tree.map(lambda x: jnp.clip(x, -LARGEST, LARGEST), state)
     if state.anchor is None:
         begin = begin._replace(anchor=None)
     if rule.whole is not None:
