@@ -148,7 +148,7 @@ LARGEST = 1e6  # of weights where a chunk begins, and of the loss's slope in wha
 
 @jax.custom_vjp
 def bounded(state: Any) -> Any:
-    """A tree of arrays; its cotangent, by matrix (the last two axes), scaled down where an entry is beyond LARGEST.
+    """A tree of arrays; its cotangent, held within ±LARGEST.
 
     A learner driven past its stable range is chaotic: the slope in where it began grows with every chunk, until it is
     infinite. Bounded, it is merely large, which clipping can deal with. Below the bound nothing changes.
@@ -156,15 +156,18 @@ def bounded(state: Any) -> Any:
     return state
 
 
-def _bound(_: None, cotangent: Any) -> tuple[Any]:
-    def scaled(g: Array) -> Array:
-        most = jnp.max(jnp.abs(g), tuple(range(max(g.ndim - 2, 0), g.ndim)), keepdims=True)
-        return g * (LARGEST / jnp.maximum(most, LARGEST)).astype(g.dtype)
-
-    return (jax.tree.map(scaled, cotangent),)
+@jax.custom_vjp
+def held(state: Any) -> Any:
+    """As `bounded`, and the arrays too are held within ±LARGEST: what has diverged so far would overflow in a chunk."""
+    return _within(state)
 
 
-bounded.defvjp(lambda state: (state, None), _bound)
+def _within(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.clip(x, -LARGEST, LARGEST), tree)
+
+
+bounded.defvjp(lambda state: (state, None), lambda _, cotangent: (_within(cotangent),))
+held.defvjp(lambda state: (_within(state), None), lambda _, cotangent: (_within(cotangent),))
 
 
 def _heads(function: Callable, batched: tuple[bool, ...]) -> Callable:
@@ -179,8 +182,6 @@ def _where(mask_B: Array, a: Any, b: Any) -> Any:
 
 def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: Array) -> State:
     """What happens before the first token of a chunk."""
-    # What has diverged so far would overflow in this chunk.
-    state = jax.tree.map(lambda x: jnp.clip(x, -LARGEST, LARGEST), state)
     if state.anchor is None:
         begin = begin._replace(anchor=None)
     if rule.whole is not None:
@@ -261,7 +262,7 @@ def _naive(
 
     def step(state: State, timed: tuple[Token, Array]) -> tuple[State, Array]:
         x, pos_B = timed
-        state = _turn(rule, bounded(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % (rule.whole or C) == 0))
+        state = _turn(rule, held(state), begin, pos_B == 0, (pos_B >= 0) & (pos_B % (rule.whole or C) == 0))
         row_BH = None if row is None else row.T[jnp.maximum(pos_B, 0) % C]
         return every(state, bounded(x), row_BH, bounded(outer))
 
@@ -313,7 +314,7 @@ def _chunked(
         x, valid_BC, starts_B, boundary_B = x
 
         def learn(state: State) -> tuple[State, Array]:
-            state = _turn(rule, bounded(state), begin, starts_B, boundary_B)
+            state = _turn(rule, held(state), begin, starts_B, boundary_B)
             return every(state, bounded(x), row, bounded(outer))
 
         def rest(state: State) -> tuple[State, Array]:
