@@ -59,7 +59,8 @@ class TestTimeMemory(LayerConfig):
     retention: "decay" (the weights themselves fade), or a map from what fades to the weights: "kl", "bounded" (both
         with `scale`), "lq_printed", "lq_mirror" (with `power_q`) or "elastic" (with `scale`).
     momentum, keep: whether steps have momentum, and whether weights fade; both are read from the token.
-    step: "plain", or "orthogonal": what is applied is S with its singular values set to about 1.
+    step: "plain", or "orthogonal": what is applied is S with its singular values set to about 1. Give it several times
+        as many tokens as a matrix has rows: of directions that they do not span it makes steps of rounding errors.
     gates: one "matrix" each, one a "head", or one for each "output" channel of each matrix (of rank `rank`).
     chunk: tokens whose gradients are taken at the weights with which their chunk began. It belongs to the model: train
         and serve with the same. 1 is online gradient descent, exactly; more is another function, and many times faster.
@@ -70,7 +71,7 @@ class TestTimeMemory(LayerConfig):
         `renorm`: the weights into each unit keep the length with which the document began.
     grad_at: with `exact`, whether those weights have faded first ("decayed", as in the gated delta rule) or not yet.
     lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
-        through a chunk bears; 1 with `exact`.
+        through a chunk bears (for "lp", whose slope is steeper, over power · (power - 1)); 1 with `exact`.
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
@@ -138,11 +139,13 @@ class TestTimeMemory(LayerConfig):
         elif self.renorm:
             raise ValueError(f"{name}.renorm is True, which needs update = 'chunk'")
         span = 1 if self.exact else self.chunk
-        load = span * self.largest_step / (1 - (self.momentum_max if self.momentum else 0))
+        load = span * self.largest_step * self._curvature / (1 - (self.momentum_max if self.momentum else 0))
+        said = " · power · (power - 1)" if self.loss == "lp" else ""
         if load > 2 and span > 1:
             warnings.warn(
-                f"{name}: chunk · lr_max / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a chunk "
-                f"makes the memory diverge. Lower lr_max ({2 * self.largest_step / load:.3g} is safe), or the chunk.",
+                f"{name}: chunk · lr_max{said} / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a "
+                f"chunk makes the memory diverge. Lower lr_max ({2 * self.largest_step / load:.3g} is safe), or the "
+                "chunk.",
                 Unstable,
                 stacklevel=3,
             )
@@ -151,7 +154,14 @@ class TestTimeMemory(LayerConfig):
     def largest_step(self) -> float:
         if self.lr_max is not None:
             return self.lr_max
-        return 1.0 if self.exact else (1 - (self.momentum_max if self.momentum else 0)) / self.chunk
+        if self.exact:
+            return 1.0
+        return (1 - (self.momentum_max if self.momentum else 0)) / self.chunk / self._curvature
+
+    @property
+    def _curvature(self) -> float:
+        """Of the loss, for errors of about 1."""
+        return max(1.0, self.power * (self.power - 1)) if self.loss == "lp" else 1.0
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
         return TestTimeLayer(self, D, rngs=rngs)
@@ -162,7 +172,7 @@ class TestTimeMemory(LayerConfig):
             cls(H=2, K=8, F=6, chunk=4),
             cls(H=2, K=8, chunk=4, depth=1, loss="huber_norm", retention="bounded", gates="output", rank=4, read="pre"),
             cls(H=2, K=8, F=6, chunk=4, persistent=3, gates="head"),
-            cls(H=2, K=8, F=6, chunk=6, update="chunk", keep=False, memory="swiglu", step="orthogonal", renorm=True),
+            cls(H=2, K=8, F=6, chunk=32, update="chunk", keep=False, memory="swiglu", step="orthogonal", renorm=True),
             cls(H=2, K=8, chunk=16, exact=True, depth=1, norm=False, persistent=2),
         )
 

@@ -170,6 +170,27 @@ def test_blocks_out_of_sight_cost_nothing():
     assert np.isnan(read(q, k, v)[:, 16:48]).all()
 
 
+@pytest.mark.parametrize("implementation", ["naive", "blocks"])
+def test_keys_that_are_always_seen(implementation: str, float64):
+    """One softmax over the window's scores and those of more keys, met by queries of their own; in bfloat16 as well."""
+    B, T, H, K, P, window = 2, 40, 2, 8, 3, 5
+    rng = np.random.default_rng(0)
+    q, k, v, free = (rng.standard_normal((B, T, H, K)) for _ in range(4))
+    more_k, more_v = (rng.standard_normal((B, P, H, K)) for _ in range(2))
+    scores = np.einsum("bthk,bshk->bhts", q, k) / K**0.5
+    age = np.arange(T)[:, None] - np.arange(T)[None]
+    scores = np.where((age >= 0) & (age < window), scores, -np.inf)
+    scores = np.concatenate([scores, np.einsum("bthk,bphk->bhtp", free, more_k) / K**0.5], -1)
+    share = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    want = np.einsum("bhts,bshv->bthv", share, np.concatenate([v, more_v], 1))
+    for dtype, allowed in ((jnp.float64, 1e-12), (jnp.bfloat16, 2e-2)):
+        a, b, c, *always = (jnp.asarray(x, dtype) for x in (q, k, v, free, more_k, more_v))
+        y = attention(a, b, c, window=window, always=tuple(always), implementation=implementation)
+        assert y.dtype == dtype
+        error = np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - want)) / np.mean(np.square(want)))
+        assert error < allowed
+
+
 def test_under_transforms():
     """vmap with and without times of its own, and a scan over checkpointed layers."""
     inputs, times = arrays(Case(33, documents=True), np.float32)

@@ -159,6 +159,19 @@ def test_retentions_by_their_definitions(float64):
     assert (0.6 < singular).all() and (singular < 1.3).all()
 
 
+def test_maps_and_steps_at_their_limits():
+    """Weights so large or so small that a fourth power of them leaves float32; a step of nothing has slopes."""
+    A = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    for retention, degree in ((fw.lq_mirror, 1), (fw.lq_printed, -1)):
+        for size in (1e15, 1e-4):
+            value, slope = jax.value_and_grad(lambda A, f=retention: jnp.sum(f(4.0, A) ** 2) ** 0.5)(size * A)
+            usual = jnp.sum(retention(4.0, A) ** 2) ** 0.5
+            np.testing.assert_allclose(value, usual * size**degree, rtol=2e-2)
+            assert jnp.isfinite(slope).all() and (slope != 0).any()
+    slope = jax.grad(lambda S: jnp.sum(fw.newton_schulz(S) * A))(jnp.zeros_like(A))
+    assert jnp.isfinite(slope).all()
+
+
 def late(gate, pre):
     return chunk_tables.fading(gate, True)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from memories import close
 
 from layers.layer import Tokens
+from layers.miras import Moneta
 from layers.ops import test_time
 from layers.test_time import TestTimeMemory, Unstable
 from layers.titans import Titans
@@ -28,6 +29,8 @@ def test_a_key_that_repeats_stays_bounded():
     assert jnp.isfinite(y).all() and jnp.abs(y).max() < 30
     with pytest.warns(Unstable, match="lr_max / \\(1 - momentum_max\\) is 16"):
         Titans(lr_max=0.1)
+    with pytest.warns(Unstable, match="power - 1\\) / \\(1 - momentum_max\\) is 9.6"):
+        Moneta(lr_max=0.1)  # |.|^3 is six times as steep as half a square at an error of 1
     with pytest.warns(Unstable, match="0.125 is safe"):
         Titans(lr_max=1.0, momentum=False)
 

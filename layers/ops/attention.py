@@ -109,6 +109,7 @@ def attention(
         now, then = (jnp.zeros((B, n), jnp.int32) for n in (T, k.shape[1]))
         more_BTHV, more_BTH = _naive(free, k.swapaxes(1, 2), v.swapaxes(1, 2), now, now, then, scale)
         share_BTH1 = jax.nn.sigmoid(mass_BTH - more_BTH)[..., None]
+        y_BTHV, more_BTHV = y_BTHV.astype(share_BTH1.dtype), more_BTHV.astype(share_BTH1.dtype)
         y_BTHV = y_BTHV * share_BTH1 + more_BTHV * (1 - share_BTH1)
     return y_BTHV.astype(q_BTHK.dtype)
 

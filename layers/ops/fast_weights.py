@@ -113,12 +113,20 @@ def bounded(scale: float, A: Array) -> Array:
 
 def lq_printed(q: float, A: Array) -> Array:
     """Moneta as printed (Miras, equation 24): A / |A|_q^(q-2), of degree 3 - q; A must not start at zero."""
-    return A / _norm(A, q) ** (q - 2)
+    most = _most(A)
+    return A / _norm(A / most, q) ** (q - 2) / most ** (q - 2)
 
 
 def lq_mirror(q: float, A: Array) -> Array:
     """The mirror map that the printed one is derived from: the gradient of |A|_q² / 2, of degree 1."""
-    return jnp.sign(A) * jnp.abs(A) ** (q - 1) / _norm(A, q) ** (q - 2)
+    most = _most(A)
+    part = A / most
+    return most * jnp.sign(A) * jnp.abs(part) ** (q - 1) / _norm(part, q) ** (q - 2)
+
+
+def _most(A: Array) -> Array:
+    """The largest entry. What it scales does not depend on it, but for powers that neither overflow nor vanish."""
+    return jax.lax.stop_gradient(jnp.max(jnp.abs(A))) + EPS
 
 
 def _norm(A: Array, q: float) -> Array:
@@ -135,7 +143,7 @@ def elastic(width: float, A: Array) -> Array:
 
 def newton_schulz(S: Array, steps: int = 5) -> Array:
     """About the nearest matrix with orthogonal rows or columns (Muon's quintic iteration; Atlas, arXiv 2505.23735)."""
-    X = S / (jnp.sqrt(jnp.sum(jnp.square(S))) + EPS)
+    X = S / jnp.sqrt(jnp.sum(jnp.square(S)) + EPS**2)  # S is zero where nothing was to be learned
     turned = X.shape[0] > X.shape[1]
     X = X.T if turned else X
     for _ in range(steps):
