@@ -88,7 +88,7 @@ def test_a_run_that_is_done_is_not_trained_again(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "step"),
     # At the first step, at a checkpoint, at an evaluation.
-    [(signal.SIGTERM, 1), (signal.SIGINT, 8), (signal.SIGUSR1, 10)],
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 8, marks=pytest.mark.slow), (signal.SIGUSR1, 10)],
     ids=str,
 )
 def test_a_signal_saves_and_the_rest_is_identical(folder, kind, step):

@@ -17,8 +17,15 @@ from layers.ops.test_time import test_time_memory
 test_time_memory.__test__ = False  # it is no test
 
 
-@pytest.mark.parametrize("slope", SLOPES)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "slope"),
+    [
+        # Each network and each bias in every run, each pair in `make test-slow`.
+        pytest.param(n, s, marks=[] if n == "linear" or s == "l2" else pytest.mark.slow)
+        for n in NETWORKS
+        for s in SLOPES
+    ],
+)
 def test_a_chunk_is_its_tokens(float64, network, slope):
     """Every network with every bias, in both forms; gradients of each network and of each bias."""
     judge([dual, materialised], slopes=network == "linear" or slope == "l2", network=network, slope=slope)
