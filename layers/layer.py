@@ -142,7 +142,7 @@ def one_of(config: Any) -> None:
         words, value = get_args(field.type), getattr(config, field.name)
         if get_origin(field.type) is Literal and value not in words:
             name = f"{type(config).__name__}.{field.name}"
-            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(words)}")
+            raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(str, words))}")
 
 
 def divides(config: Any, part: str, whole: str) -> None:

@@ -17,7 +17,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
@@ -82,8 +82,7 @@ class LinearAttention(LayerConfig):
     def __post_init__(self):
         positive(self, "H", "K", "V", "F", "chunk")
         check_taps(self)
-        if self.feature_map not in MAPS:
-            raise ValueError(f"LinearAttention.feature_map is {self.feature_map!r}: choose one of {list(MAPS)}")
+        one_of(self)
         if self.normaliser and self.feature_map == "identity":
             raise ValueError(
                 'LinearAttention.normaliser is True with feature_map "identity", whose weights may sum to 0: '

@@ -36,6 +36,11 @@ class Moneta(_ByChannel, TestTimeMemory):
     loss: Loss = "lp"
     retention: Retention = "lq_mirror"
 
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        usual = super().examples()
+        return (*usual, dataclasses.replace(usual[0], retention="lq_printed"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Yaad(_ByChannel, TestTimeMemory):

@@ -186,8 +186,8 @@ class TestTimeState(NamedTuple):
 
 def fresh(rule: Rule, start: tuple[Weights, Weights | None], B: int, tails: Tails) -> TestTimeState:
     """The state with which B documents begin; start: weights and momentum, [H, inputs, outputs] each."""
-    row = jax.tree.map(lambda w: w.astype(jnp.float32)[None], start)
-    return TestTimeState(first_state(rule, *jax.tree.map(lambda w: jnp.broadcast_to(w, (B, *w.shape[1:])), row)), tails)
+    rows = jax.tree.map(lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), start)
+    return TestTimeState(first_state(rule, *rows), tails)
 
 
 def answer_norm(H: int, K: int) -> nnx.Dict:

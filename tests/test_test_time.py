@@ -10,7 +10,7 @@ from memories import NETWORKS, RETENTIONS, SLOPES, B, Case, H, K, close, documen
 
 from layers.ops import chunk_tables, memory_forms
 from layers.ops import fast_weights as fw
-from layers.ops.memory_forms import State, dual, materialised
+from layers.ops.memory_forms import State, dual, exact, form_of, materialised, summed
 from layers.ops.recurrence import recurrence
 from layers.ops.test_time import test_time_memory
 
@@ -66,6 +66,19 @@ def test_chunks_of_documents_are_the_definition(float64, options):
     """Packed documents, starts on and off the grid, a row that goes on in mid-chunk, padding; with gradients."""
     case, pos = Case(23, **{"chunk": 4} | options), documents(23)
     close(case.graded(pos, implementation="chunked"), case.graded(pos, implementation="naive"))
+
+
+def test_the_form_is_the_cheapest_that_serves():
+    rule = Case(4).rule
+    for change, form in (
+        ({}, dual),
+        ({"average": True}, dual),
+        ({"retention": RETENTIONS["kl"]}, materialised),
+        ({"step": fw.newton_schulz}, materialised),
+        ({"exact": "l2"}, exact),
+        ({"whole": 8, "step": fw.newton_schulz}, summed),
+    ):
+        assert form_of(rule._replace(**change)) is form
 
 
 @pytest.mark.parametrize("options", [{}, {"average": True}], ids=str)
@@ -169,12 +182,14 @@ def test_retentions_by_their_definitions(float64):
 def test_maps_and_steps_at_their_limits():
     """Weights so large or so small that a fourth power of them leaves float32; a step of nothing has slopes."""
     A = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
-    for retention, degree in ((fw.lq_mirror, 1), (fw.lq_printed, -1)):
-        for size in (1e15, 1e-4):
-            value, slope = jax.value_and_grad(lambda A, f=retention: jnp.sum(f(4.0, A) ** 2) ** 0.5)(size * A)
-            usual = jnp.sum(retention(4.0, A) ** 2) ** 0.5
-            np.testing.assert_allclose(value, usual * size**degree, rtol=2e-2)
-            assert jnp.isfinite(slope).all() and (slope != 0).any()
+    for retention, degree, size in ((fw.lq_mirror, 1, 1e15), (fw.lq_mirror, 1, 1e-4), (fw.lq_printed, -1, 1e15)):
+        value, slope = jax.value_and_grad(lambda A, f=retention: jnp.sum(f(4.0, A) ** 2) ** 0.5)(size * A)
+        usual = jnp.sum(retention(4.0, A) ** 2) ** 0.5
+        np.testing.assert_allclose(value, usual * size**degree, rtol=2e-2)
+        assert jnp.isfinite(slope).all() and (slope != 0).any()
+    for size in (1e-4, 0.0):  # where the printed map, of degree -1, has no bound of its own
+        slope = jax.grad(lambda A: jnp.sum(fw.lq_printed(4.0, A) * A))(size * A)
+        assert jnp.abs(slope).max() < 1e6
     slope = jax.grad(lambda S: jnp.sum(fw.newton_schulz(S) * A))(jnp.zeros_like(A))
     assert jnp.isfinite(slope).all()
 

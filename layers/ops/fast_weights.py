@@ -113,20 +113,20 @@ def bounded(scale: float, A: Array) -> Array:
 
 def lq_printed(q: float, A: Array) -> Array:
     """Moneta as printed (Miras, equation 24): A / |A|_q^(q-2), of degree 3 - q; A must not start at zero."""
-    most = _most(A)
+    most = _most(A, 1.0)  # nearer to zero the map grows without end, and the EPS of the norm holds it
     return A / _norm(A / most, q) ** (q - 2) / most ** (q - 2)
 
 
 def lq_mirror(q: float, A: Array) -> Array:
     """The mirror map that the printed one is derived from: the gradient of |A|_q² / 2, of degree 1."""
-    most = _most(A)
+    most = _most(A, EPS)
     part = A / most
     return most * jnp.sign(A) * jnp.abs(part) ** (q - 1) / _norm(part, q) ** (q - 2)
 
 
-def _most(A: Array) -> Array:
-    """The largest entry. What it scales does not depend on it, but for powers that neither overflow nor vanish."""
-    return jax.lax.stop_gradient(jnp.max(jnp.abs(A))) + EPS
+def _most(A: Array, least: float) -> Array:
+    """The largest entry, or `least`. A map does not depend on what it scales by, but powers must not overflow."""
+    return jnp.maximum(jax.lax.stop_gradient(jnp.max(jnp.abs(A))), least)
 
 
 def _norm(A: Array, q: float) -> Array:
