@@ -25,7 +25,7 @@ from layers.ops.test_time import Gate, test_time_memory
 from layers.titans import Titans
 
 
-def engine(mode: str, B: int, T: int, H: int, K: int, C: int, form: str, remat: str) -> Loaded:
+def engine(mode: str, B: int, T: int, H: int, K: int, C: int, form: str, remat: bool) -> Loaded:
     """A memory of two matrices, x + LN(gelu(x W) W), with momentum and decay: no projections around it."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((B, T, H, K)), jnp.float32) for _ in range(3))
@@ -45,10 +45,9 @@ def engine(mode: str, B: int, T: int, H: int, K: int, C: int, form: str, remat: 
     return _compiled(mode, forward, (q, k, v, gates, start))
 
 
-def layer(mode: str, B: int, T: int, D: int, H: int, C: int, remat: str) -> Loaded:
+def layer(mode: str, B: int, T: int, D: int, H: int, C: int) -> Loaded:
     """The Titans layer of width D with its projections and gates, without convolution and output gate."""
-    options: Any = {"remat": remat}
-    built = Titans(H=H, chunk=C, conv=0, gate=False, **options).build(D, rngs=nnx.Rngs(0))
+    built = Titans(H=H, chunk=C, conv=0, gate=False).build(D, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
     said = Tokens(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
     return _compiled(mode, lambda built, x: built(x, said).y_BTD, (built, x))

@@ -11,7 +11,7 @@ Attention ends with the segment: what is older is in the memory alone. So segmen
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positi
 from layers.memory_as_gate import Combine, How
 from layers.norm import RMSNorm
 from layers.ops.attention import attention
-from layers.ops.grid import SHORT, gather, grid, in_chunks, lay
+from layers.ops.chunk_loop import SHORT, over_chunks
 from layers.ops.precision import wide
 from layers.ops.rope import rope
-from layers.ops.test_time import Implementation, Weights, bounded
+from layers.ops.test_time import Implementation, Weights, bounded, rows
 from layers.test_time import TestTimeMemory, TestTimeState
 from layers.titans import Titans
 
@@ -116,13 +116,12 @@ class MemoryAsContextLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: MemoryAsContextState | None = None) -> Out:
         B, T = tokens.pos_BT.shape
-        dtype, given, pos_BT, L = wide(x_BTD), state, tokens.pos_BT, self.config.segment
+        dtype, given, pos_BT = wide(x_BTD), state, tokens.pos_BT
         state = jax.tree.map(lambda a: a.astype(dtype), self.init_state(B, T) if state is None else state)
         if self.config.implementation == "naive" or T <= SHORT:
             y, new, aux = self._by_token(x_BTD, pos_BT, state)
         else:
-            usual = 2 * -(-T // L) + 2
-            y, new, aux = in_chunks(pos_BT, L, usual, self._by_segment, self._by_token, x_BTD, pos_BT, state)
+            y, new, aux = self._by_segment(x_BTD, pos_BT, state)
         if given is None:
             return Out(y, None, aux)
         return Out(y, jax.tree.map(lambda new, old: new.astype(old.dtype), new, given), aux)
@@ -139,19 +138,19 @@ class MemoryAsContextLayer(Layer):
         )
         return y.swapaxes(0, 1), state, _average(aux, pos_BT.T >= 0)
 
-    def _by_segment(self, N: int, x_BTD: Array, pos_BT: Array, state: MemoryAsContextState):
-        where = grid(pos_BT, self.config.segment, N)
+    def _by_segment(self, x_BTD: Array, pos_BT: Array, state: MemoryAsContextState):
+        graph, parameters = nnx.split(self)
 
-        def body(state: MemoryAsContextState, part: tuple[Array, Array]):
-            def quiet(state: MemoryAsContextState, x: Array, pos: Array):
-                silent = jax.eval_shape(self._piece, state, x, pos)[1]
-                return state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), silent)
+        def body(parameters: nnx.State, carry: Any, x_BLD: Array, pos_BL: Array):
+            state, sums, number = carry
+            state, (y, aux) = nnx.merge(graph, parameters)._piece(state, x_BLD, pos_BL)
+            return (state, jax.tree.map(jnp.add, sums, aux), number + 1), y
 
-            return jax.lax.cond(jnp.any(part[1] >= 0), self._piece, quiet, state, *part)
-
-        parts = lay(where, x_BTD), lay(where, pos_BT, -1)
-        state, (y, aux) = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, parts)
-        return gather(where, y), state, _average(aux, parts[1] >= 0)
+        L, one = self.config.segment, jnp.zeros((), jnp.float32)
+        silent = jax.eval_shape(self._piece, state, x_BTD[:, :L], pos_BT[:, :L])[1][1]
+        carry = state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), silent), one
+        y, (state, sums, number) = over_chunks(body, parameters, carry, x_BTD, pos_BT, L)
+        return y, state, jax.tree.map(lambda a: a / jnp.maximum(number, 1), sums)
 
     def _piece(self, state: MemoryAsContextState, x_BWD: Array, pos_BW: Array):
         """W tokens of one segment a row, at increasing places; with padding anywhere."""
@@ -196,7 +195,7 @@ class MemoryAsContextLayer(Layer):
         def pick(mask_B: Array, a: Weights, b: Weights) -> Weights:
             return jax.tree.map(lambda a, b: jnp.where(mask_B[:, None, None, None], a, b), a, b)
 
-        now = pick(starts_B, jax.tree.map(lambda w: w[None], first), state.memory.learner.weights)
+        now = pick(starts_B, rows(starts_B, first), state.memory.learner.weights)
         return pick(begins_B, now, state.before)
 
     def _say(self, x_BWD: Array, weights: Weights) -> Array:

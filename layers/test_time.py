@@ -27,7 +27,6 @@ from layers.ops.precision import wide
 from layers.ops.test_time import (
     Gate,
     Implementation,
-    Remat,
     Rule,
     State,
     Weights,
@@ -75,7 +74,7 @@ class TestTimeMemory(LayerConfig):
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
-    implementation, remat: as in layers.ops.test_time.
+    implementation: as in layers.ops.test_time.
 
     Where the papers are silent: gates are sigmoids, of a logit that starts at 0, for keep at 5; the initial weights are
     learned, and start where a step of 1 moves an answer by about its error; convolution, then SiLU, then unit queries
@@ -110,7 +109,6 @@ class TestTimeMemory(LayerConfig):
     conv: int = 4
     gate: bool = True
     implementation: Implementation = "auto"
-    remat: Remat = "both"
 
     def __post_init__(self):
         positive(self, "H", "K", "F", "depth", "rank", "chunk")
@@ -328,7 +326,6 @@ class TestTimeLayer(Layer):
             state=learner,
             pos=pos,
             implementation=c.implementation,
-            remat=c.remat,
             wanted=wanted or learner is not None,
             chunks=chunks,
         )

@@ -25,7 +25,7 @@ from layers.norm import LayerNorm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
 from layers.ops.rope import rope
-from layers.ops.test_time import Gate, Implementation, Remat, Rule, test_time_memory
+from layers.ops.test_time import Gate, Implementation, Rule, test_time_memory
 from layers.test_time import TestTimeState, answer_norm, fresh
 
 
@@ -38,7 +38,7 @@ class TTTLinear(LayerConfig):
     backbone: "mamba": query and key from one projection, each with a short convolution, and a gate on the output;
         "transformer": three projections and neither.
     rope_theta: of the places within a chunk; None: no position.
-    implementation, remat: as in layers.ops.test_time.
+    implementation: as in layers.ops.test_time.
     """
 
     H: int = 4
@@ -48,7 +48,6 @@ class TTTLinear(LayerConfig):
     backbone: Literal["mamba", "transformer"] = "mamba"
     rope_theta: float | None = 10_000.0
     implementation: Implementation = "auto"
-    remat: Remat = "both"
     depth: ClassVar[int] = 1  # matrices
 
     def __post_init__(self):
@@ -145,7 +144,6 @@ class TTTLayer(Layer):
             state=None if state is None else state.learner,
             pos=pos,
             implementation=c.implementation,
-            remat=c.remat,
             wanted=state is not None,
         )
         y = self.norm(y)

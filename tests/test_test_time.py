@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from memories import NETWORKS, RETENTIONS, SLOPES, B, Case, H, K, close, documents, judge
 
-from layers.ops import chunk_tables, memory_forms
+from layers.ops import chunk_loop, chunk_tables, memory_forms
 from layers.ops import fast_weights as fw
 from layers.ops.memory_forms import State, dual, exact, form_of, materialised, summed
 from layers.ops.recurrence import recurrence
@@ -108,25 +108,27 @@ def test_any_cut_of_time(float64, options):
         close([jnp.where(live, y, 0), state], [jnp.where(live, whole, 0), end])
 
 
-def test_more_documents_than_chunks_foreseen(float64):
-    """So many short documents that the layout does not hold them: the definition takes over, under one program."""
-    T = 100
-    case = Case(T, chunk=64)
-    tiny = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) % 3, (B, T))
-    usual = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) % 37, (B, T))
-    run = jax.jit(lambda pos: case.call(case.arrays, pos))
-    judge_ = jax.jit(lambda pos: case.call(case.arrays, pos, implementation="naive"))
-    for pos in (tiny, usual):
-        close(run(pos), judge_(pos))
+@pytest.mark.parametrize("few", [64, 1], ids=["every state kept", "some kept"])
+def test_any_number_of_chunks(float64, monkeypatch, few):
+    """One program for rows of one chunk and of three times as many as there is room for; gradients too."""
+    monkeypatch.setattr(chunk_loop, "FEW", few)
+    T = 60
+    case = Case(T, "linear", chunk=16)
+    runs = [jax.jit(lambda pos, form=form: case.graded(pos, implementation=form)) for form in ("chunked", "naive")]
+    for length in (60, 17, 2):
+        pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) % length, (B, T))
+        close(*(run(pos) for run in runs), 1e-9)
 
 
 def test_what_is_recomputed_changes_nothing(float64):
     """Nor does a state that nobody wants."""
     case = Case(64, chunk=1, momentum=False)
-    (y, _), grads = case.graded(None, weigh_state=0.0, remat="none")
-    (got, state), got_grads = case.graded(None, weigh_state=0.0, remat="both", wanted=False)
+    (y, _), grads = case.graded(None, weigh_state=0.0, remat=False)
+    (got, state), got_grads = case.graded(None, weigh_state=0.0, wanted=False)
     assert state is None
     close([got, got_grads], [y, grads])
+    with pytest.raises(ValueError, match="say `chunks`"):
+        case.call(case.arrays, jnp.zeros((B, 64), jnp.int32), remat=False)
 
 
 def test_linear_memories_are_the_house_s_recurrences(float64):

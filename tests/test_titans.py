@@ -44,7 +44,7 @@ def test_a_key_that_repeats_stays_bounded():
         {"loss": "lp", "power": 2.5, "retention": "lq_printed", "momentum": False, "keep": False},
         {"retention": "lq_mirror", "power_q": 3.0, "gates": "output", "rank": 2},
         {"retention": "kl", "step": "orthogonal", "conv": 0},
-        {"retention": "elastic", "scale": 0.1, "depth": 3, "remat": "none"},
+        {"retention": "elastic", "scale": 0.1, "depth": 3},
         {"update": "chunk", "keep": False, "memory": "swiglu", "step": "orthogonal", "renorm": True},
         {"update": "chunk", "keep": False, "momentum": False, "gates": "head"},
         {"exact": True, "depth": 1, "norm": False, "grad_at": "decayed", "persistent": 2},

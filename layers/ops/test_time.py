@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from layers.ops.chunk_loop import SHORT, over_chunks
 from layers.ops.chunk_tables import Open
-from layers.ops.grid import SHORT, gather, grid, in_chunks, lay
 from layers.ops.memory_forms import (
     Rule,
     State,
@@ -43,10 +43,9 @@ from layers.ops.memory_forms import (
     pull,
     retained,
 )
-from layers.ops.precision import wide
+from layers.ops.precision import HIGHEST, wide
 
 Implementation = Literal["auto", "naive", "chunked"]
-Remat = Literal["none", "body", "both"]
 
 
 class Gate(NamedTuple):
@@ -72,7 +71,7 @@ def test_time_memory(
     state: State | None = None,
     pos: Array | None = None,
     implementation: Implementation = "auto",
-    remat: Remat = "both",
+    remat: bool = True,
     wanted: bool = True,
     chunks: int | None = None,
 ) -> tuple[Array, State | None]:
@@ -81,9 +80,10 @@ def test_time_memory(
     gates: for each matrix. start: weights and momentum (None: zeros) with which a document begins, [H, inputs, outputs]
     each; `outer`: leaves [H, ...]. threshold: [B, T, H, 1], for biases that have one. row: [H, C], for `average`.
     state: None for the start. pos: int [B, T] as in layers.layer.Tokens; None for a document from its start.
-    remat: what the backward pass recomputes: nothing, each chunk, or groups of chunks as well (memory of about twice
-    the square root of the number of chunks, instead of all). wanted: whether the state is; where it is not (None comes
-    back) and none came, no anchor is carried. chunks: the most that a row holds, where that is known.
+    remat: whether the backward pass recomputes the chunks, from states that were kept here and there (of many chunks
+    about the square root of their number); or keeps all that it wants, which takes a known number of chunks. wanted:
+    whether the state is; where it is not (None comes back) and none came, no anchor is carried. chunks: the most that
+    a row holds, where that is known.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation {implementation!r}: choose naive, chunked or auto")
@@ -97,6 +97,8 @@ def test_time_memory(
         raise ValueError("`row` is for rules that average, and they need it")
     if state is not None and pos is None:
         raise ValueError("a state goes on somewhere in a document: say `pos`")
+    if not remat and pos is not None and chunks is None:
+        raise ValueError("without `remat` there is room for a known number of chunks: say `chunks`, or leave out `pos`")
     B, T, H, _ = q_BTHK.shape
     dtype = wide(q_BTHK, v_BTHV)
     xs = Token(q_BTHK, k_BTHK, v_BTHV, gates, threshold)
@@ -106,22 +108,18 @@ def test_time_memory(
     begin = first_state(rule, *start)
     given, loose = state, state is None and not wanted  # loose: every chunk begins with its anchor, so A is enough
     if state is None:
-        state = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (B, *x.shape)), begin)
+        state = rows(jnp.ones(B, bool), begin)
     state = jax.tree.map(lambda x: x.astype(dtype), state)
     known = pos is None
     pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)) if pos is None else pos
     valid_BT11 = (pos >= 0)[:, :, None, None]
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
 
-    C = rule.chunk
-    run = functools.partial(_chunked, rule, loose, remat)
-    args = xs, begin, outer, row, state, pos
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
-        y, state = _naive(rule, *args)
-    elif known or chunks is not None:
-        y, state = run(chunks or -(-T // C), *args)
-    else:  # documents of two chunks and more are usual
-        y, state = in_chunks(pos, C, -(-3 * T // (2 * C)) + 4, run, functools.partial(_naive, rule), *args)
+        y, state = _naive(rule, xs, begin, outer, row, state, pos)
+    else:
+        most = -(-T // rule.chunk) if known else chunks
+        y, state = _chunked(rule, loose, remat, most, xs, begin, outer, row, state, pos)
     if given is not None:
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
     return y.astype(v_BTHV.dtype), state if wanted else None
@@ -180,6 +178,14 @@ def _where(mask_B: Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(mask_B.reshape((-1,) + (1,) * (b.ndim - 1)), a, b), a, b)
 
 
+def rows(mask_B: Array, begin: Any) -> Any:
+    """Leaves [H, ...] -> [B, H, ...], zero in the other rows.
+
+    A product, so that the slope is one too: a sum of few rows of many numbers takes XLA eighty times as long on a CPU.
+    """
+    return jax.tree.map(lambda a: jnp.tensordot(mask_B.astype(a.dtype), a, 0, precision=HIGHEST), begin)
+
+
 def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: Array) -> State:
     """What happens before the first token of a chunk."""
     if state.anchor is None:
@@ -189,7 +195,7 @@ def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: A
             jnp.any(boundary_B & ~starts_B), functools.partial(_step, rule, begin), lambda state: state, state
         )
         state = _where(boundary_B, stepped, state)
-    state = _where(starts_B, jax.tree.map(lambda x: x[None], begin), state)
+    state = _where(starts_B, rows(starts_B, begin), state)
     if rule.average:
         state = state._replace(
             momentum=_where(boundary_B, jax.tree.map(jnp.zeros_like, state.momentum), state.momentum)
@@ -287,8 +293,8 @@ def _scan(body: Callable, state: State, xs: Any, group: int) -> tuple[State, Arr
 def _chunked(
     rule: Rule,
     loose: bool,
-    remat: Remat,
-    N: int,
+    remat: bool,
+    most: int | None,
     xs: Token,
     begin: State,
     outer: Any,
@@ -296,36 +302,21 @@ def _chunked(
     state: State,
     pos: Array,
 ) -> tuple[Array, State]:
-    """Tokens laid out by chunk and slot, N chunks a row, and a scan over the chunks; empty ones cost nothing."""
-    group = math.isqrt(N) if remat == "both" and N >= 64 else 1
-    N = -(-N // group) * group
-    where = grid(pos, rule.chunk, N)
-    # Zeros where there is no token: there no gate is open.
-    chunks = jax.tree.map(lambda x: jnp.swapaxes(lay(where, x), 2, 3), xs)  # [N, B, H, C, ...]
-    valid_NBC, pos_NBC = where.token_NBC < pos.shape[1], lay(where, pos, -1)
-    starts_NB = jnp.any(pos_NBC == 0, -1)
-    boundary_NB = jnp.any(valid_NBC & (pos_NBC % (rule.whole or rule.chunk) == 0), -1)
-    if loose:
-        state = state._replace(anchor=None)
-
     every = _heads(functools.partial(form_of(rule), rule), (True, True, False, False))
 
-    def body(state: State, x: Any) -> tuple[State, Array]:
-        x, valid_BC, starts_B, boundary_B = x
+    def body(shared: Any, state: State, x: Token, pos_BC: Array) -> tuple[State, Array]:
+        begin, outer, row = shared
+        starts_B = jnp.any(pos_BC == 0, 1)
+        boundary_B = jnp.any((pos_BC >= 0) & (pos_BC % (rule.whole or rule.chunk) == 0), 1)
+        state = _turn(rule, held(state), begin, starts_B, boundary_B)
+        # Zeros where there is no token: there no gate is open.
+        x = jax.tree.map(lambda a: a.swapaxes(1, 2), bounded(x))
+        state, y_BHCV = every(state, x, row, bounded(outer))
+        return state, y_BHCV.swapaxes(1, 2)
 
-        def learn(state: State) -> tuple[State, Array]:
-            state = _turn(rule, held(state), begin, starts_B, boundary_B)
-            return every(state, bounded(x), row, bounded(outer))
-
-        def rest(state: State) -> tuple[State, Array]:
-            return state, jnp.zeros_like(x.v)
-
-        return jax.lax.cond(jnp.any(valid_BC), learn, rest, state)
-
-    inputs = (chunks, valid_NBC, starts_NB, boundary_NB)
-    if remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False)
-    state, y = _scan(body, state, inputs, group)
+    if loose:
+        state = state._replace(anchor=None)
+    y, state = over_chunks(body, (begin, outer, row), state, xs, pos, rule.chunk, most=most, keep=not remat)
     if begin.anchor is not None and state.anchor is None:
         state = state._replace(anchor=state.weights)  # for the form; it is not wanted
-    return gather(where, jnp.swapaxes(y, 2, 3)), state
+    return y, state
