@@ -31,7 +31,7 @@ FLAGS = {
     "a stray word": ("fast", "fast"),
     "no heads": (
         "--model.stages.0.pattern.0.H 0",
-        r"model\.stages\.0\.pattern\.0: GatedDeltaNet\.H is 0: it must be at least 1",
+        r"model\.stages\.0\.pattern\.0: LinearAttention\.H is 0: it must be at least 1",
     ),
     "no steps": ("--train.steps 0", r"Train\.steps is 0: it must be at least 1"),
     "rate below zero": ("--optimizer.lr -1", r"AdamW\.lr is -1\.0: it must be above 0"),

@@ -21,6 +21,7 @@ from training.lock import RunLock
 from training.log import Log, read
 from training.settings import ConfigError, load
 
+pytestmark = pytest.mark.xdist_group("runs")  # one worker: the undisturbed runs are trained once
 LONG = {"train__steps": 300, "train__checkpoint_every": 20, "train__eval_every": 50}
 
 

@@ -15,8 +15,10 @@ from layers.ops.recurrence import recurrence
 from layers.ops.test_time import test_time_memory
 
 test_time_memory.__test__ = False  # it is no test
+judging = pytest.mark.xdist_group("judging")  # one worker: the small programs of their operations are shared
 
 
+@judging
 @pytest.mark.parametrize(
     ("network", "slope"),
     [
@@ -31,6 +33,7 @@ def test_a_chunk_is_its_tokens(float64, network, slope):
     judge([dual, materialised], slopes=network == "linear" or slope == "l2", network=network, slope=slope)
 
 
+@judging
 @pytest.mark.parametrize(
     "options",
     [
@@ -47,6 +50,7 @@ def test_every_learner(float64, options):
     judge([dual, materialised], **options)
 
 
+@judging
 @pytest.mark.parametrize("step", [None, fw.newton_schulz], ids=["plain", "orthogonal"])
 @pytest.mark.parametrize("retention", [None, *RETENTIONS])
 def test_every_retention(float64, retention, step):

@@ -109,7 +109,7 @@ def test_dry_run_stops_after_the_summary(tmp_path, monkeypatch, capsys):
     config = tiny.config_file(tmp_path)
     assert train.main([str(config), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "GatedDeltaNet" in said and "12,572" in said and "step 1/" not in said
+    assert "LinearAttention" in said and "12,112" in said and "step 1/" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "text", "tiny.py"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from layers.gated_deltanet import GatedDeltaNet
+from layers.linear import LinearAttention
 from layers.mlp import MLP
 from models.lm import LM, Stage
 from training import settings
@@ -39,7 +39,7 @@ def experiment(folder: Path, **changes: Any) -> Experiment:
         corpus(folder)
     made = Experiment(
         description="Tiny.",
-        model=LM(W=257, D=16, stages=(Stage((GatedDeltaNet(H=2, K=4, V=8), MLP())),)),
+        model=LM(W=257, D=16, stages=(Stage((LinearAttention(H=2, K=4, V=8), MLP())),)),
         data=Text(T=16, B=2, source=str(text), store=str(folder / "store"), held_out=0.3),
         optimizer=AdamW(lr=1e-2, schedule=Schedule(warmup=5, shape="constant")),  # of any length, one program
         train=Train(steps=20, log_every=1, eval_every=5, checkpoint_every=4, eval_batches=3, tensorboard=False),
