@@ -16,6 +16,7 @@ from layers.attention import Attention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
 from layers.mlp import MLP
+from layers.ops.chunk_loop import over_chunks
 from models.lm import LM, Stage
 from models.parameters import flatten
 from training.data import DataConfig
@@ -316,6 +317,24 @@ def test_operations_by_hand():
     branches = (lambda a, w: a, lambda a, w: a @ w[0])
     assert count_flops(lambda a, w: jax.lax.cond(a[0, 0] > 0, *branches, a, w), a, w) == product
     assert count_flops(lambda a, w: a + jnp.exp(w[0, :3]), a, w) == 0
+
+
+def test_operations_of_a_loop_as_long_as_the_data():
+    """Ten tokens in chunks of four, and within each chunk in chunks of two: three turns, and two in each."""
+    x, pos, w = jnp.ones((1, 10, 4)), jnp.arange(10, dtype=jnp.int32)[None], jnp.ones((4, 4))
+
+    def inner(w, state, x, pos):
+        return state, x @ w
+
+    def outer(w, state, x, pos):
+        y, state = over_chunks(inner, w, state, x, pos, 2, most=2)
+        return state, y
+
+    def read(w, x, pos):
+        return over_chunks(outer, w, (), x, pos, 4)[0]
+
+    assert count_flops(jax.vmap(read, (None, 0, 0)), w, x[None], pos[None]) == 3 * 2 * (2 * 2 * 4 * 4)
+    np.testing.assert_allclose(read(w, x, pos), x @ w)
 
 
 @pytest.mark.parametrize("scan_layers", ["always", "never"])
