@@ -15,6 +15,7 @@ from layers.ops.recurrence import recurrence
 from layers.ops.test_time import test_time_memory
 
 test_time_memory.__test__ = False  # it is no test
+FAST = ("mlp", "l2"), ("swiglu", "l2"), ("deep", "dot")
 judging = pytest.mark.xdist_group("judging")  # one worker: the small programs of their operations are shared
 
 
@@ -23,7 +24,7 @@ judging = pytest.mark.xdist_group("judging")  # one worker: the small programs o
     ("network", "slope"),
     [
         # Each network and each bias in every run, each pair in `make test-slow`.
-        pytest.param(n, s, marks=[] if n == "linear" or s == "l2" else pytest.mark.slow)
+        pytest.param(n, s, marks=[] if n == "linear" or (n, s) in FAST else pytest.mark.slow)
         for n in NETWORKS
         for s in SLOPES
     ],

@@ -252,7 +252,10 @@ def _flash_backward(scale: float, kept, slopes: tuple[Array, Array]):
     q_BGNRK, k_BGJCK, v_BGJCV, times, y_BGNRV, lse_BGNR = kept
     dy_BGNRV, dlse_BGNR = slopes
     # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t; the slope of the log-sum-exp is p_ts.
-    dot_BGNR = jnp.sum(dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype), -1) - dlse_BGNR
+    weighed_BGNRV = dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype)
+    # Summed by a product: a sum takes XLA ten times as long on a CPU where it must also turn dy around.
+    ones_V1 = jnp.ones((y_BGNRV.shape[-1], 1), lse_BGNR.dtype)
+    dot_BGNR = jnp.matmul(weighed_BGNRV, ones_V1, precision=lax.Precision.HIGHEST)[..., 0] - dlse_BGNR
     lane = functools.partial(_lane_backward, scale=scale)
     dq, dk, dv = _over_lanes(lane)(times, q_BGNRK, k_BGJCK, v_BGJCV, dy_BGNRV, lse_BGNR, dot_BGNR)
     return dq, dk, dv, None
@@ -301,14 +304,18 @@ def _lane_backward(
     *,
     scale: float,
 ) -> tuple[Array, Array, Array]:
-    """Gradients, one block of keys after the other. Scores are held keys first: it saves a transposition."""
+    """Gradients, one block of keys after the other.
+
+    Scores are held keys first, and the gradient of queries time last: so no product turns its left side around.
+    """
     kind = lse_NR.dtype
 
-    def block(dq_NRK: Array, j: Array):
+    def block(dq_NKR: Array, j: Array):
         k_CK, v_CV, time_C1 = k_JCK[j], v_JCV[j], times.key_time_BJC[j][:, None]
+        k_KC = k_CK.T
 
         def step(n: Array, carry: tuple[Array, Array, Array]):
-            dk_CK, dv_CV, dq_NRK = carry
+            dk_CK, dv_CV, dq_NKR = carry
             q_RK, dy_RV = q_NRK[n], dy_NRV[n]
             latest_1R, earliest_1R = times.latest_BNR[n][None, :], times.earliest_BNR[n][None, :]
             s_CR = jnp.einsum("ck,rk->cr", k_CK, q_RK, preferred_element_type=kind) * scale
@@ -318,12 +325,13 @@ def _lane_backward(
             ds_CR = (p_CR * (dp_CR - dot_NR[n][None, :]) * scale).astype(q_RK.dtype)
             dv_CV += jnp.einsum("cr,rv->cv", p_CR.astype(dy_RV.dtype), dy_RV, preferred_element_type=kind)
             dk_CK += jnp.einsum("cr,rk->ck", ds_CR, q_RK, preferred_element_type=kind)
-            more_RK = jnp.einsum("cr,ck->rk", ds_CR, k_CK, preferred_element_type=kind)
-            return dk_CK, dv_CV, lax.dynamic_update_index_in_dim(dq_NRK, dq_NRK[n] + more_RK, n, 0)
+            more_KR = jnp.einsum("kc,cr->kr", k_KC, ds_CR, preferred_element_type=kind)
+            return dk_CK, dv_CV, lax.dynamic_update_index_in_dim(dq_NKR, dq_NKR[n] + more_KR, n, 0)
 
-        start = (jnp.zeros(k_CK.shape, kind), jnp.zeros(v_CV.shape, kind), dq_NRK)
-        dk_CK, dv_CV, dq_NRK = lax.fori_loop(times.queries_J2[j, 0], times.queries_J2[j, 1], step, start)
-        return dq_NRK, (dk_CK.astype(k_CK.dtype), dv_CV.astype(v_CV.dtype))
+        start = (jnp.zeros(k_CK.shape, kind), jnp.zeros(v_CV.shape, kind), dq_NKR)
+        dk_CK, dv_CV, dq_NKR = lax.fori_loop(times.queries_J2[j, 0], times.queries_J2[j, 1], step, start)
+        return dq_NKR, (dk_CK.astype(k_CK.dtype), dv_CV.astype(v_CV.dtype))
 
-    dq_NRK, (dk_JCK, dv_JCV) = lax.scan(block, jnp.zeros(q_NRK.shape, kind), jnp.arange(k_JCK.shape[0]))
-    return dq_NRK.astype(q_NRK.dtype), dk_JCK, dv_JCV
+    start = jnp.zeros(q_NRK.swapaxes(1, 2).shape, kind)
+    dq_NKR, (dk_JCK, dv_JCV) = lax.scan(block, start, jnp.arange(k_JCK.shape[0]))
+    return dq_NKR.swapaxes(1, 2).astype(q_NRK.dtype), dk_JCK, dv_JCV

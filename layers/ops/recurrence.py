@@ -263,7 +263,7 @@ def _step(S: Array, c: Chunk, rule: Rule, solve=solve_unit_lower) -> tuple[Array
 
 
 def _cut(xs: Inputs, chunk: int, group: int = 1) -> tuple[Inputs, Array | None, int]:
-    """Chunks first, heads before time: [N, B, H, C, .]. Returns (chunks, the segment entering each [N, B], C)."""
+    """Chunks first: [N, B, C, H, .]. Returns (chunks, the segment entering each [N, B], C)."""
     T = xs.q.shape[1]
     C = min(chunk, -(-T // 8) * 8)
     pad = -T % (C * group)
@@ -272,17 +272,22 @@ def _cut(xs: Inputs, chunk: int, group: int = 1) -> tuple[Inputs, Array | None, 
         k = jnp.where(xs.valid[..., None, None], k, 0)
         g = None if g is None else jnp.where(xs.valid[..., None, None], g, 0)
 
-    def heads(x):
+    def cut(x):
         if x is None:
             return None
         x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        return rearrange(x, "B (N C) H K -> N B H C K", C=C)
+        return rearrange(x, "B (N C) H K -> N B C H K", C=C)
 
     entering = None
     if segment is not None:
         segment = rearrange(jnp.pad(segment, ((0, 0), (0, pad)), mode="edge"), "B (N C) -> N B C", C=C)
         entering = jnp.concatenate([jnp.zeros_like(segment[:1, :, 0]), segment[:-1, :, -1]])
-    return Inputs(heads(xs.q), heads(k), heads(xs.w), heads(xs.r), heads(g), segment, None, None), entering, C
+    return Inputs(cut(xs.q), cut(k), cut(xs.w), cut(xs.r), cut(g), segment, None, None), entering, C
+
+
+def _heads(x: Inputs) -> Inputs:
+    """[..., C, H, .] -> [..., H, C, .]; `segment` has no heads."""
+    return jax.tree.map(lambda a: jnp.swapaxes(a, -2, -3), x._replace(segment=None))._replace(segment=x.segment)
 
 
 def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
@@ -296,8 +301,9 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
 
     @jax.checkpoint
     def body(S, inputs):
-        x, entering = inputs
-        return _step(S, _intra(x, entering, rule), rule)
+        x, entering = inputs  # heads go before time here, in the core's cache, and not in the whole sequence at once
+        S, y_BHCV = _step(S, _intra(_heads(x), entering, rule), rule)
+        return S, jnp.swapaxes(y_BHCV, -2, -3)
 
     inputs = (chunks, entering)
     if group == 1:
@@ -306,7 +312,7 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
         inputs = jax.tree.map(lambda x: rearrange(x, "(N n) ... -> N n ...", n=group), inputs)
         S, y = jax.lax.scan(jax.checkpoint(lambda S, x: jax.lax.scan(body, S, x)), S, inputs)
         y = rearrange(y, "N n ... -> (N n) ...")
-    return rearrange(y, "N B H C V -> B (N C) H V")[:, :T], S
+    return rearrange(y, "N B C H V -> B (N C) H V")[:, :T], S
 
 
 def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
@@ -315,7 +321,7 @@ def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
     @jax.checkpoint
     def run(xs: Inputs, S: Array):
         chunks, entering, _ = _cut(xs, chunk)
-        c = _intra(chunks, entering, rule)
+        c = _intra(_heads(chunks), entering, rule)
         if c.erase is None:
             added = _mm(jnp.swapaxes(c.keys, -1, -2), c.write, rule)
 
