@@ -105,6 +105,7 @@ def _kept(body: Body, shared: Any, state: Any, xs: Any, pos_BT: Array, chunks: C
 
 def _loop(body: Body, C: int, most: int, usual: int) -> Callable[..., tuple[Any, Any]]:
     """most: how many turns there is room for; more are possible, and slower to differentiate if they are many more."""
+    body = jax.jit(body, inline=True)  # traced once for all that follows: a body may hold a loop of its own
     slots = most if most <= FEW else math.isqrt(most - 1) + 1  # for states that are kept
     block = 1 if most <= FEW else slots
 
