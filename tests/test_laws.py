@@ -22,6 +22,7 @@ COMPILES_ITS_OWN = {  # programs that no other law needs
     "implementations_agree",
     "transforms_change_nothing",
     "a_mesh_changes_nothing",
+    "a_place_reads_as_in_the_whole",
 }
 
 
