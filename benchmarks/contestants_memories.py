@@ -3,10 +3,12 @@
 Run as `python -m benchmarks.contestants_memories` by benchmarks/memories.py.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 from benchmarks.pair import Loaded, pin, serve
 
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers import test_time
 from layers.layer import Tokens
 from layers.ops import fast_weights as fw
 from layers.ops.memory_forms import Rule
@@ -45,12 +48,21 @@ def engine(mode: str, B: int, T: int, H: int, K: int, C: int, form: str, remat: 
     return _compiled(mode, forward, (q, k, v, gates, start))
 
 
-def layer(mode: str, B: int, T: int, D: int, H: int, C: int) -> Loaded:
-    """The Titans layer of width D with its projections and gates, without convolution and output gate."""
+def layer(mode: str, B: int, T: int, D: int, H: int, C: int, remat: bool) -> Loaded:
+    """The Titans layer of width D with its projections and gates, without convolution and output gate.
+
+    Not remat: as no config asks for it; all that the backward pass wants is kept, of a known number of chunks.
+    """
     built = Titans(H=H, chunk=C, conv=0, gate=False).build(D, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
     said = Tokens(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
-    return _compiled(mode, lambda built, x: built(x, said).y_BTD, (built, x))
+
+    def forward(built: Any, x: Any) -> Any:
+        kept = functools.partial(test_time_memory, remat=remat)
+        with mock.patch.object(test_time, "test_time_memory", kept):
+            return built.learn(x, said.pos_BT, chunks=None if remat else -(-T // C)).y_BTD
+
+    return _compiled(mode, forward, (built, x))
 
 
 def _compiled(mode: str, forward: Callable[..., Any], arguments: tuple[Any, ...]) -> Loaded:

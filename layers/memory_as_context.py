@@ -11,7 +11,7 @@ Attention ends with the segment: what is older is in the memory alone. So segmen
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ class MemoryAsContextLayer(Layer):
 
         def body(state: MemoryAsContextState, token: tuple[Array, Array]):
             state, (y, aux) = self._piece(state, token[0][:, None], token[1][:, None])
-            return state, (y[:, 0], aux)
+            return state, (y[:, 0], {name: jnp.broadcast_to(a, pos_BT.shape[:1]) for name, a in aux.items()})
 
         state, (y, aux) = jax.lax.scan(
             jax.checkpoint(body, prevent_cse=False), state, (x_BTD.swapaxes(0, 1), pos_BT.swapaxes(0, 1))
@@ -141,16 +141,12 @@ class MemoryAsContextLayer(Layer):
     def _by_segment(self, x_BTD: Array, pos_BT: Array, state: MemoryAsContextState):
         graph, parameters = nnx.split(self)
 
-        def body(parameters: nnx.State, carry: Any, x_BLD: Array, pos_BL: Array):
-            state, sums, number = carry
+        def body(parameters: nnx.State, state: MemoryAsContextState, x_BLD: Array, pos_BL: Array):
             state, (y, aux) = nnx.merge(graph, parameters)._piece(state, x_BLD, pos_BL)
-            return (state, jax.tree.map(jnp.add, sums, aux), number + 1), y
+            return state, (y, {name: jnp.broadcast_to(a, pos_BL.shape) for name, a in aux.items()})
 
-        L, one = self.config.segment, jnp.zeros((), jnp.float32)
-        silent = jax.eval_shape(self._piece, state, x_BTD[:, :L], pos_BT[:, :L])[1][1]
-        carry = state, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), silent), one
-        y, (state, sums, number) = over_chunks(body, parameters, carry, x_BTD, pos_BT, L)
-        return y, state, jax.tree.map(lambda a: a / jnp.maximum(number, 1), sums)
+        (y, aux), state = over_chunks(body, parameters, state, x_BTD, pos_BT, self.config.segment)
+        return y, state, _average(aux, pos_BT >= 0)
 
     def _piece(self, state: MemoryAsContextState, x_BWD: Array, pos_BW: Array):
         """W tokens of one segment a row, at increasing places; with padding anywhere."""
@@ -228,7 +224,7 @@ class MemoryAsContextLayer(Layer):
         return tuple(put(a, n.swapaxes(1, 2), at_BW) for a, n in zip(cache, (k, self.value(x_BWD)), strict=True))
 
 
-def _average(aux: dict[str, Array], valid_NBW: Array) -> dict[str, Array]:
-    """Over the pieces that held tokens."""
-    live_N = jnp.any(valid_NBW.reshape(valid_NBW.shape[0], -1), 1).astype(jnp.float32)
-    return {name: jnp.sum(a * live_N) / jnp.maximum(jnp.sum(live_N), 1) for name, a in aux.items()}
+def _average(aux: dict[str, Array], valid: Array) -> dict[str, Array]:
+    """Over the tokens, of what was said of each one's piece."""
+    number = jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1)
+    return {name: jnp.sum(jnp.where(valid, a, 0)) / number for name, a in aux.items()}

@@ -32,6 +32,7 @@ from layers.ops.test_time import (
     Weights,
     first_state,
     recall,
+    rows,
     test_time_memory,
 )
 
@@ -184,8 +185,8 @@ class TestTimeState(NamedTuple):
 
 def fresh(rule: Rule, start: tuple[Weights, Weights | None], B: int, tails: Tails) -> TestTimeState:
     """The state with which B documents begin; start: weights and momentum, [H, inputs, outputs] each."""
-    rows = jax.tree.map(lambda w: jnp.broadcast_to(w.astype(jnp.float32)[None], (B, *w.shape)), start)
-    return TestTimeState(first_state(rule, *rows), tails)
+    start = jax.tree.map(lambda w: w.astype(jnp.float32), start)
+    return TestTimeState(first_state(rule, *rows(jnp.ones(B, bool), start)), tails)
 
 
 def answer_norm(H: int, K: int) -> nnx.Dict:

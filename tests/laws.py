@@ -114,18 +114,19 @@ def state_bytes(layer: Any, rows: int, T: int) -> int:
 def state_keeps_its_shape(config: LayerConfig) -> None:
     """Structure, shapes and dtypes come back as they went; bytes are constant or linear in T, and linear in B."""
     layer = copy(build(config))
-    for dtype, n in ((jnp.bfloat16, 7), (jnp.float32, 1)):
-        before = jax.eval_shape(lambda: layer.init_state(B, 32))
-        x_BTD = jax.ShapeDtypeStruct((B, n, D), dtype)
-        said = Said(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 2)
-        out = jax.eval_shape(lambda state, x, said: layer(x, said, state), before, x_BTD, said)
-        structures: list[Any] = [jax.tree.structure(tree) for tree in (before, out.state)]
-        assert structures[0] == structures[1], "the state's structure changed"
-        shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (before, out.state)]
-        assert shapes[0] == shapes[1], f"the state changed from {shapes[0]} to {shapes[1]}"
-        assert (out.y_BTD.shape, out.y_BTD.dtype) == (x_BTD.shape, dtype), f"y is {out.y_BTD}, x {x_BTD}"
-        trained = jax.eval_shape(lambda x, said: layer(x, said), x_BTD, said)
-        assert trained.state is None, "a training call returned a state"
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for n in (1, 7):
+            before = jax.eval_shape(lambda: layer.init_state(B, 32))
+            x_BTD = jax.ShapeDtypeStruct((B, n, D), dtype)
+            said = Said(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 2)
+            out = jax.eval_shape(lambda state, x, said: layer(x, said, state), before, x_BTD, said)
+            structures: list[Any] = [jax.tree.structure(tree) for tree in (before, out.state)]
+            assert structures[0] == structures[1], "the state's structure changed"
+            shapes = [[(a.shape, a.dtype) for a in jax.tree.leaves(tree)] for tree in (before, out.state)]
+            assert shapes[0] == shapes[1], f"the state changed from {shapes[0]} to {shapes[1]}"
+            assert (out.y_BTD.shape, out.y_BTD.dtype) == (x_BTD.shape, dtype), f"y is {out.y_BTD}, x {x_BTD}"
+            trained = jax.eval_shape(lambda x, said: layer(x, said), x_BTD, said)
+            assert trained.state is None, "a training call returned a state"
     sizes = {T: state_bytes(layer, 1, T) for T in (1024, 2048, 4096, 4097)}
     per_token = sizes[4097] - sizes[4096]
     for T, size in sizes.items():

@@ -253,7 +253,7 @@ def _flash_backward(scale: float, kept, slopes: tuple[Array, Array]):
     dy_BGNRV, dlse_BGNR = slopes
     # sum_s p_ts dp_ts, which the softmax's derivative subtracts, is dy_t . y_t; the slope of the log-sum-exp is p_ts.
     weighed_BGNRV = dy_BGNRV.astype(lse_BGNR.dtype) * y_BGNRV.astype(lse_BGNR.dtype)
-    # Summed by a product: a sum takes XLA ten times as long on a CPU where it must also turn dy around.
+    # Summed by a product: on a CPU, XLA is slow at sums that must also turn what they sum around.
     ones_V1 = jnp.ones((y_BGNRV.shape[-1], 1), lse_BGNR.dtype)
     dot_BGNR = jnp.matmul(weighed_BGNRV, ones_V1, precision=lax.Precision.HIGHEST)[..., 0] - dlse_BGNR
     lane = functools.partial(_lane_backward, scale=scale)

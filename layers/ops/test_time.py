@@ -181,7 +181,7 @@ def _where(mask_B: Array, a: Any, b: Any) -> Any:
 def rows(mask_B: Array, begin: Any) -> Any:
     """Leaves [H, ...] -> [B, H, ...], zero in the other rows.
 
-    A product, so that the slope is one too: a sum of few rows of many numbers takes XLA eighty times as long on a CPU.
+    A product, so that the slope is one too: XLA's threads on a CPU sum few rows of many numbers far more slowly.
     """
     return jax.tree.map(lambda a: jnp.tensordot(mask_B.astype(a.dtype), a, 0, precision=HIGHEST), begin)
 
