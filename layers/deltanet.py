@@ -16,11 +16,12 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, LayerConfig, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
+from layers.recurrent import Maps, Recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +60,13 @@ class DeltaNetState(NamedTuple):
     tails: Tails
 
 
-class DeltaNetLayer(Layer):
+class DeltaNetLayer(Recurrent):
     def __init__(self, config: DeltaNet, D: int, *, rngs: nnx.Rngs):
         K, V = head_size(config, "K", D), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
         linear = partial(Einsum, D=D, H=config.H, K=K, V=V, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
-        self.beta = linear("BTD,DH->BTH")
+        self.written = Maps(key=linear("BTD,DHK->BTHK"), value=linear("BTD,DHV->BTHV"), beta=linear("BTD,DH->BTH"))
         self.convs = ShortConvs(
             "HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, H=config.H, K=K, V=V, rngs=rngs
         )
@@ -78,22 +77,23 @@ class DeltaNetLayer(Layer):
     def init_state(self, B: int, T: int) -> DeltaNetState:
         return DeltaNetState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: DeltaNetState | None = None) -> Out:
-        c, pos = self.config, tokens.pos_BT
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: DeltaNetState | None = None):
+        c = self.config
         memory, tails = (None, None) if state is None else state
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, tails)
-        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x_BTD).astype(wide(x_BTD)))
+        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(written["beta"].astype(wide(q)))
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
         y, new = delta_recurrence(
             l2_norm(q) * self.K**-0.5,
             l2_norm(k),
             v,
             beta,
             state=memory,
-            pos=pos,
+            pos=pos_BT,
             chunk=c.chunk,
             implementation=c.implementation,
         )
-        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         state = None if memory is None else DeltaNetState(new.astype(memory.dtype), tails)
-        return Out(self.out(y), state, {"beta": jnp.mean(beta).astype(jnp.float32)})
+        return y, state, {"beta": jnp.mean(beta).astype(jnp.float32)}
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, None if self.gate is None else self.gate(x_BTD)))

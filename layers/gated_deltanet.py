@@ -19,11 +19,12 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, divides, positive
+from layers.layer import Einsum, LayerConfig, divides, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
+from layers.recurrent import Maps, Recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +72,19 @@ class GatedDeltaNetState(NamedTuple):
     tails: Tails
 
 
-class GatedDeltaNetLayer(Layer):
+class GatedDeltaNetLayer(Recurrent):
     def __init__(self, config: GatedDeltaNet, D: int, *, rngs: nnx.Rngs):
         H, G = config.H, config.G or config.H
         K, V = head_size(config, "K", D, Fraction(3, 4)), head_size(config, "V", D, Fraction(3, 2))
         self.config, self.K, self.V, self.shared = config, K, V, H // G
         linear = partial(Einsum, D=D, H=H, G=G, K=K, V=V, rngs=rngs)
         self.query = linear("BTD,DGK->BTGK")
-        self.key = linear("BTD,DGK->BTGK")
-        self.value = linear("BTD,DHV->BTHV")
-        self.beta = linear("BTD,DH->BTH")
-        self.step = linear("BTD,DH->BTH")
+        self.written = Maps(
+            key=linear("BTD,DGK->BTGK"),
+            value=linear("BTD,DHV->BTHV"),
+            beta=linear("BTD,DH->BTH"),
+            step=linear("BTD,DH->BTH"),
+        )
         self.decay = MambaDecay("H", A=(1e-3, 16.0), H=H, rngs=rngs)
         self.convs = ShortConvs(
             "GK", "GK", "HV", taps=config.conv, activation=jax.nn.silu, H=H, G=G, K=K, V=V, rngs=rngs
@@ -94,20 +97,21 @@ class GatedDeltaNetLayer(Layer):
         memory_BHKV = jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32)
         return GatedDeltaNetState(memory_BHKV, self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: GatedDeltaNetState | None = None) -> Out:
-        c, pos = self.config, tokens.pos_BT
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: GatedDeltaNetState | None = None):
+        c, dtype = self.config, wide(q)
         memory, tails = (None, None) if state is None else state
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, tails)
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
         q, k = l2_norm(q) * self.K**-0.5, l2_norm(k)
         if self.shared > 1:
             q, k = jnp.repeat(q, self.shared, 2), jnp.repeat(k, self.shared, 2)
-        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x_BTD).astype(wide(x_BTD)))
-        log_decay, _ = self.decay(self.step(x_BTD))
+        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(written["beta"].astype(dtype))
+        log_decay, _ = self.decay(written["step"])
         y, new = delta_recurrence(
-            q, k, v, beta, log_decay, state=memory, pos=pos, chunk=c.chunk, implementation=c.implementation
+            q, k, v, beta, log_decay, state=memory, pos=pos_BT, chunk=c.chunk, implementation=c.implementation
         )
-        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         aux = {"beta": jnp.mean(beta).astype(jnp.float32), "decay": jnp.mean(jnp.exp(log_decay)).astype(jnp.float32)}
         state = None if memory is None else GatedDeltaNetState(new.astype(memory.dtype), tails)
-        return Out(self.out(y), state, aux)
+        return y, state, aux
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, None if self.gate is None else self.gate(x_BTD)))

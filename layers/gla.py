@@ -17,11 +17,12 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, LayerConfig, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
+from layers.recurrent import LowRank, Maps, Recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +62,16 @@ class GLAState(NamedTuple):
     tails: Tails
 
 
-class GLALayer(Layer):
+class GLALayer(Recurrent):
     def __init__(self, config: GLA, D: int, *, rngs: nnx.Rngs):
         K, V = head_size(config, "K", D, Fraction(1, 2)), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
         linear = partial(Einsum, D=D, H=config.H, K=K, V=V, R=config.R, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
+        key, value = linear("BTD,DHK->BTHK"), linear("BTD,DHV->BTHV")
         self.gate = linear("BTD,DHV->BTHV")
-        self.decay_down = linear("BTD,DR->BTR")
-        self.decay_up = linear("BTR,RHK->BTHK", bias=True)
+        decay = LowRank(linear("BTD,DR->BTR"), linear("BTR,RHK->BTHK", bias=True))
+        self.written = Maps(key=key, value=value, decay=decay)
         activation = jax.nn.silu if config.conv else None
         self.convs = ShortConvs(
             "HK", "HK", "HV", taps=config.conv, activation=activation, H=config.H, K=K, V=V, rngs=rngs
@@ -82,15 +82,16 @@ class GLALayer(Layer):
     def init_state(self, B: int, T: int) -> GLAState:
         return GLAState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: GLAState | None = None) -> Out:
-        c, pos = self.config, tokens.pos_BT
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: GLAState | None = None):
+        c = self.config
         memory, tails = (None, None) if state is None else state
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, tails)
-        log_decay = jax.nn.log_sigmoid(self.decay_up(self.decay_down(x_BTD)).astype(wide(x_BTD))) / c.temperature
+        log_decay = jax.nn.log_sigmoid(written["decay"].astype(wide(q))) / c.temperature
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
         y, new = linear_recurrence(
-            q * self.K**-0.5, k, v, log_decay, state=memory, pos=pos, chunk=c.chunk, implementation=c.implementation
+            q * self.K**-0.5, k, v, log_decay, state=memory, pos=pos_BT, chunk=c.chunk, implementation=c.implementation
         )
-        y_BTD = self.out(self.norm(y, self.gate(x_BTD)))
         aux = {"decay": jnp.mean(jnp.exp(log_decay)).astype(jnp.float32)}
-        return Out(y_BTD, None if memory is None else GLAState(new.astype(memory.dtype), tails), aux)
+        return y, None if memory is None else GLAState(new.astype(memory.dtype), tails), aux
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, self.gate(x_BTD)))

@@ -19,11 +19,12 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, LayerConfig, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops.delta import delta_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
+from layers.recurrent import LowRank, Maps, Recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +70,33 @@ class KDAState(NamedTuple):
     tails: Tails
 
 
-class KDALayer(Layer):
+class KDALayer(Recurrent):
     def __init__(self, config: KDA, D: int, *, rngs: nnx.Rngs):
         H, K, V = config.H, head_size(config, "K", D), head_size(config, "V", D)
         self.config, self.K, self.V = config, K, V
         linear = partial(Einsum, D=D, H=H, K=K, V=V, R=config.R or V, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
-        self.beta = linear("BTD,DH->BTH")
-        self.decay_down = linear("BTD,DR->BTR")
-        self.decay_up = linear("BTR,RHK->BTHK")
+        self.written = Maps(
+            key=linear("BTD,DHK->BTHK"),
+            value=linear("BTD,DHV->BTHV"),
+            beta=linear("BTD,DH->BTH"),
+            decay=LowRank(linear("BTD,DR->BTR"), linear("BTR,RHK->BTHK")),
+        )
         self.decay = MambaDecay("HK", bound=config.bound, H=H, K=K, rngs=rngs)
         self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, H=H, K=K, V=V, rngs=rngs)
-        self.gate_down = linear("BTD,DR->BTR")
-        self.gate_up = linear("BTR,RHV->BTHV", bias=True)
+        self.gate = LowRank(linear("BTD,DR->BTR"), linear("BTR,RHV->BTHV", bias=True))
         self.norm = RMSNorm(V, axes="V", activation=jax.nn.sigmoid)
         self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> KDAState:
         return KDAState(jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32), self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: KDAState | None = None) -> Out:
-        c, pos = self.config, tokens.pos_BT
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: KDAState | None = None):
+        c = self.config
         memory, tails = (None, None) if state is None else state
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, tails)
-        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x_BTD).astype(wide(x_BTD)))
-        log_decay, _ = self.decay(self.decay_up(self.decay_down(x_BTD)))
+        beta = (1 + c.negative_eigenvalues) * jax.nn.sigmoid(written["beta"].astype(wide(q)))
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
+        log_decay, _ = self.decay(written["decay"])
         y, new = delta_recurrence(
             l2_norm(q) * self.K**-0.5,
             l2_norm(k),
@@ -104,10 +104,12 @@ class KDALayer(Layer):
             beta,
             log_decay,
             state=memory,
-            pos=pos,
+            pos=pos_BT,
             chunk=c.chunk,
             implementation=c.implementation,
         )
-        y = self.norm(y, self.gate_up(self.gate_down(x_BTD)))
         aux = {"beta": jnp.mean(beta).astype(jnp.float32), "decay": jnp.mean(jnp.exp(log_decay)).astype(jnp.float32)}
-        return Out(self.out(y), None if memory is None else KDAState(new.astype(memory.dtype), tails), aux)
+        return y, None if memory is None else KDAState(new.astype(memory.dtype), tails), aux
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, self.gate(x_BTD)))

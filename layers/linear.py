@@ -17,11 +17,12 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.layer import Einsum, LayerConfig, one_of, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
 from layers.ops.recurrence import Implementation
+from layers.recurrent import Maps, Recurrent
 
 FeatureMap = Literal["elu", "relu", "identity", "taylor", "hedgehog"]
 EPSILON = 1e-6  # beside the normaliser, so that a query that matches no key (relu) gives 0
@@ -112,7 +113,7 @@ class LinearAttentionState(NamedTuple):
     tails: Tails
 
 
-class LinearAttentionLayer(Layer):
+class LinearAttentionLayer(Recurrent):
     def __init__(self, config: LinearAttention, D: int, *, rngs: nnx.Rngs):
         H = config.H
         K = 16 if config.feature_map == "taylor" and config.K is None else head_size(config, "K", D)
@@ -120,8 +121,7 @@ class LinearAttentionLayer(Layer):
         self.config, self.K, self.V = config, K, V
         linear = partial(Einsum, D=D, H=H, K=K, V=V, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
+        self.written = Maps(key=linear("BTD,DHK->BTHK"), value=linear("BTD,DHV->BTHV"))
         activation = jax.nn.silu if config.conv else None
         self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=activation, H=H, K=K, V=V, rngs=rngs)
         F = config.F or -(-K // 2)
@@ -136,11 +136,10 @@ class LinearAttentionLayer(Layer):
         shape = (B, self.config.H, self.features, self.V + self.config.normaliser)
         return LinearAttentionState(jnp.zeros(shape, jnp.float32), self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: LinearAttentionState | None = None) -> Out:
-        c, pos, dtype = self.config, tokens.pos_BT, wide(x_BTD)
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: LinearAttentionState | None = None):
+        c, narrow, dtype = self.config, q.dtype, wide(q)
         memory, tails = (None, None) if state is None else state
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, tails)
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
         if self.query_map is not None and self.key_map is not None:
             q, k = self.query_map(q), self.key_map(k)
         q, k = (MAPS[c.feature_map](a.astype(dtype)) for a in (q, k))
@@ -148,15 +147,16 @@ class LinearAttentionLayer(Layer):
             v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
         elif c.feature_map not in ("taylor", "hedgehog"):
             q = q * self.K**-0.5
-        q, k = q.astype(x_BTD.dtype), k.astype(x_BTD.dtype)
-        y, new = linear_recurrence(q, k, v, state=memory, pos=pos, chunk=c.chunk, implementation=c.implementation)
+        q, k = q.astype(narrow), k.astype(narrow)
+        y, new = linear_recurrence(q, k, v, state=memory, pos=pos_BT, chunk=c.chunk, implementation=c.implementation)
         aux = {}
         if c.normaliser:
             y = y.astype(dtype)
             total = y[..., self.V :]
             aux["normaliser"] = jnp.mean(total).astype(jnp.float32)
-            y = (y[..., : self.V] / (total + EPSILON)).astype(x_BTD.dtype)
-        if self.norm is not None:
-            y = self.norm(y)
+            y = (y[..., : self.V] / (total + EPSILON)).astype(narrow)
         state = None if memory is None else LinearAttentionState(new.astype(memory.dtype), tails)
-        return Out(self.out(y), state, aux)
+        return y, state, aux
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(y_BTHV if self.norm is None else self.norm(y_BTHV))

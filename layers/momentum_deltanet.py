@@ -21,11 +21,12 @@ from jax import Array
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.decay import MambaDecay
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.layer import Einsum, LayerConfig, one_of, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
 from layers.ops.test_time import Gate, Implementation, Rule, State, test_time_memory
+from layers.recurrent import Maps, Recurrent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +72,17 @@ class MomentumDeltaNetState(NamedTuple):
     tails: Tails
 
 
-class MomentumDeltaNetLayer(Layer):
+class MomentumDeltaNetLayer(Recurrent):
     def __init__(self, config: MomentumDeltaNet, D: int, *, rngs: nnx.Rngs):
         H, K = config.H, head_size(config, "K", D, Fraction(3, 4))
         V = config.V or 2 * K
-        self.config, self.K, self.V = config, K, V
+        self.config, self.D, self.K, self.V = config, D, K, V
         linear = functools.partial(Einsum, D=D, H=H, K=K, V=V, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
+        key, value = linear("BTD,DHK->BTHK"), linear("BTD,DHV->BTHV")
         self.convs = ShortConvs("HK", "HK", "HV", taps=config.conv, activation=jax.nn.silu, H=H, K=K, V=V, rngs=rngs)
-        self.beta, self.step, self.hold, self.push = (linear("BTD,DH->BTH") for _ in range(4))
+        gates = {name: linear("BTD,DH->BTH") for name in ("beta", "step", "hold", "push")}
+        self.written = Maps(key=key, value=value, **gates)
         self.decay = MambaDecay("H", A=(1e-3, 16.0), H=H, rngs=rngs)
         self.momentum = MambaDecay("H", A=(1e-3, 16.0), H=H, rngs=rngs)
         log_uniform = lambda most: jnp.log(jax.random.uniform(rngs.params(), [H], jnp.float32, 1e-3, most))  # noqa: E731
@@ -95,14 +96,14 @@ class MomentumDeltaNetLayer(Layer):
         zeros = jnp.zeros((B, self.config.H, self.K, self.V), jnp.float32)
         return MomentumDeltaNetState(zeros, zeros, self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: MomentumDeltaNetState | None = None) -> Out:
-        c, pos, dtype = self.config, tokens.pos_BT, wide(x_BTD)
+    def run(self, q: Array, written: dict[str, Array], pos_BT: Array, state: MomentumDeltaNetState | None = None):
+        c, dtype = self.config, wide(q)
         memory = None if state is None else State({"w0": state.memory_BHKV}, {"w0": state.momentum_BHKV}, None)
-        streams = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        (q, k, v), tails = self.convs(streams, pos, None if state is None else state.tails)
+        streams = q, written["key"], written["value"]
+        (q, k, v), tails = self.convs(streams, pos_BT, None if state is None else state.tails)
         if self.correct is not None:
             q = q - jnp.exp(self.correct[...]).astype(q.dtype)[None, None, :, None] * k
-        gate, aux = self._gates(x_BTD, dtype)
+        gate, aux = self._gates(written, dtype)
         zeros = {"w0": jnp.zeros((c.H, self.K, self.V), dtype)}
         y, after = test_time_memory(
             Rule(fw.network("mlp", 1), fw.l2, chunk=c.chunk, exact="l2", decayed=True),
@@ -112,23 +113,25 @@ class MomentumDeltaNetLayer(Layer):
             {"w0": gate},
             (zeros, None),
             state=memory,
-            pos=pos,
+            pos=pos_BT,
             implementation=c.implementation,
             wanted=state is not None,
         )
-        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
         if after is not None and after.momentum is not None:
             state = MomentumDeltaNetState(after.weights["w0"], after.momentum["w0"], tails)
-        return Out(self.out(y), state, aux)
+        return y, state, aux
 
-    def _gates(self, x_BTD: Array, dtype: jnp.dtype) -> tuple[Gate, dict[str, Array]]:
-        log_keep, _ = self.decay(self.step(x_BTD))
-        log_momentum, _ = self.momentum(self.hold(x_BTD))
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, None if self.gate is None else self.gate(x_BTD)))
+
+    def _gates(self, written: dict[str, Array], dtype: jnp.dtype) -> tuple[Gate, dict[str, Array]]:
+        log_keep, _ = self.decay(written["step"])
+        log_momentum, _ = self.momentum(written["hold"])
         log_momentum = jnp.maximum(log_momentum, self.config.least_momentum)
-        lr = 1 + jnp.tanh(self.push(x_BTD).astype(dtype) / math.sqrt(x_BTD.shape[-1]))
+        lr = 1 + jnp.tanh(written["push"].astype(dtype) / math.sqrt(self.D))
         ratio = lr * jnp.exp(self.factor[...].astype(dtype))[None, None]  # tan θ
         log_keep = log_keep - jnp.log1p(jnp.square(ratio))  # cos² θ = 1 / (1 + tan² θ)
-        beta = jax.nn.sigmoid(self.beta(x_BTD).astype(dtype)) * jnp.square(ratio) / (1 + jnp.square(ratio))
+        beta = jax.nn.sigmoid(written["beta"].astype(dtype)) * jnp.square(ratio) / (1 + jnp.square(ratio))
         said = {"beta": beta, "keep": jnp.exp(log_keep), "momentum": jnp.exp(log_momentum), "lr": lr}
         gate = Gate(*(a[..., None] for a in (lr, log_keep, log_momentum, beta)))
         return gate, {name: jnp.mean(a).astype(jnp.float32) for name, a in said.items()}

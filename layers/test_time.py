@@ -20,7 +20,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.layer import Einsum, LayerConfig, Out, one_of, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
@@ -35,6 +35,7 @@ from layers.ops.test_time import (
     rows,
     test_time_memory,
 )
+from layers.recurrent import LowRank, Maps, Recurrent
 
 Loss = Literal["l2", "dot", "huber_norm", "huber_coord", "huber_mix", "lp"]
 Retention = Literal["decay", "kl", "bounded", "lq_printed", "lq_mirror", "elastic"]
@@ -199,28 +200,29 @@ def answer_norm(H: int, K: int) -> nnx.Dict:
     )
 
 
-class TestTimeLayer(Layer):
+class TestTimeLayer(Recurrent):
     def __init__(self, config: TestTimeMemory, D: int, *, rngs: nnx.Rngs):
         c, H, K = config, config.H, head_size(config, "K", D)
         self.config, self.K = config, K
         self.sizes = fw.sizes(c.memory, K, K, c.F or 4 * K, c.depth)
         linear = functools.partial(Einsum, D=D, H=H, K=K, V=K, rngs=rngs)
         self.query = linear("BTD,DHK->BTHK")
-        self.key = linear("BTD,DHK->BTHK")
-        self.value = linear("BTD,DHV->BTHV")
+        key, value = linear("BTD,DHK->BTHK"), linear("BTD,DHV->BTHV")
         self.convs = ShortConvs("HK", "HK", "HV", taps=c.conv, activation=jax.nn.silu, H=H, K=K, V=K, rngs=rngs)
         self.widths = {"head": [1], "matrix": [1] * len(self.sizes), "output": [b for _, b in self.sizes.values()]}[
             c.gates
         ]
         M, low = sum(self.widths), c.gates == "output"
-        self.narrow = Einsum("BTD,DR->BTR", D=D, R=c.rank, rngs=rngs) if low else None
+        narrow = Einsum("BTD,DR->BTR", D=D, R=c.rank, rngs=rngs) if low else None
         gate = functools.partial(
             Einsum, "BTR,RHM->BTHM" if low else "BTD,DHM->BTHM", D=D, R=c.rank, H=H, M=M, bias=True, rngs=rngs
         )
-        self.lr = gate()
-        self.keep = gate() if c.keep else None
-        self.momentum = gate() if c.momentum else None
-        self.threshold = Einsum("BTD,DH->BTH", D=D, H=H, bias=True, rngs=rngs) if c.loss.startswith("huber") else None
+        wanted = {"lr": True, "keep": c.keep, "momentum": c.momentum}
+        gates = Maps(**{name: gate() for name, is_wanted in wanted.items() if is_wanted})
+        maps = {"key": key, "value": value, "gates": gates if narrow is None else LowRank(narrow, gates)}
+        if c.loss.startswith("huber"):
+            maps["threshold"] = Einsum("BTD,DH->BTH", D=D, H=H, bias=True, rngs=rngs)
+        self.written = Maps(**maps)
         self.start = nnx.Dict(
             {
                 name: nnx.Param(
@@ -255,20 +257,30 @@ class TestTimeLayer(Layer):
         """The memory with which a document starts."""
         return fresh(self.rule, self.begin(jnp.dtype(jnp.float32)), B, self.convs.init_tails(B))
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, state: TestTimeState | None = None) -> Out:
-        return self.learn(x_BTD, tokens.pos_BT, state)
-
-    def learn(self, x_BTD: Array, pos: Array, state: TestTimeState | None = None, chunks: int | None = None) -> Out:
+    def learn(self, x_BTD: Array, pos_BT: Array, state: TestTimeState | None = None, chunks: int | None = None) -> Out:
         """The call itself, for layers around this one. chunks: how many a row holds at most, if that is known."""
+        y, state, aux = self.run(self.query(x_BTD), self.written(x_BTD), pos_BT, state, chunks)
+        return Out(self.finish(y, x_BTD), state, aux)
+
+    def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
+        return self.out(self.norm(y_BTHV, None if self.gate is None else self.gate(x_BTD)))
+
+    def run(
+        self,
+        q: Array,
+        written: dict[str, Any],
+        pos_BT: Array,
+        state: TestTimeState | None = None,
+        chunks: int | None = None,
+    ) -> tuple[Array, TestTimeState | None, dict[str, Array]]:
         learner, tails = (None, None) if state is None else state
-        dtype = wide(x_BTD)
+        dtype = wide(q)
         if state is None or self.persistent is None:
             start = self.begin(dtype)
         else:  # a piece in which no document begins, such as a token that is decoded, need not read the persistent ones
-            start = jax.lax.cond(jnp.any(pos == 0), lambda: self.begin(dtype), lambda: self._blank(dtype))
-        y, after, tails, said = self._learn(x_BTD, pos, learner, tails, start, chunks=chunks)
-        y = self.norm(y, None if self.gate is None else self.gate(x_BTD))
-        return Out(self.out(y), None if after is None else TestTimeState(after, tails), said)
+            start = jax.lax.cond(jnp.any(pos_BT == 0), lambda: self.begin(dtype), lambda: self._blank(dtype))
+        y, after, tails, said = self._learn(q, written, pos_BT, learner, tails, start, chunks=chunks)
+        return y, None if after is None else TestTimeState(after, tails), said
 
     def recall(self, q_BTHK: Array, weights: Weights) -> Array:
         """What a memory of `weights` [B, H, inputs, outputs] answers to queries, made of unit length; y_BTHV."""
@@ -282,9 +294,9 @@ class TestTimeLayer(Layer):
         if self.persistent is None:
             return weights, momentum
         x_BTD = self.persistent[...].astype(dtype)[None]
-        _, after, _, _ = self._learn(
-            x_BTD, jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None], None, None, (weights, momentum), True
-        )
+        pos_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None]
+        q, written = self.query(x_BTD), self.written(x_BTD)
+        _, after, _, _ = self._learn(q, written, pos_BT, None, None, (weights, momentum), True)
         assert after is not None
         return jax.tree.map(lambda w: w[0], (after.weights, after.momentum))
 
@@ -294,26 +306,24 @@ class TestTimeLayer(Layer):
 
     def _learn(
         self,
-        x_BTD: Array,
-        pos: Array,
+        q: Array,
+        written: dict[str, Any],
+        pos_BT: Array,
         learner: State | None,
         tails: Tails | None,
         start: tuple[Weights, Weights | None],
         wanted: bool = False,
         chunks: int | None = None,
     ) -> tuple[Array, State | None, Tails, dict[str, Array]]:
-        c = self.config
-        (q, k, v), tails = self.convs((self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)), pos, tails)
-        dtype = wide(x_BTD)
-        low = x_BTD if self.narrow is None else self.narrow(x_BTD)
-        lr = c.largest_step * jax.nn.sigmoid(self.lr(low).astype(dtype))
-        keep = None if self.keep is None else jax.nn.log_sigmoid(self.keep(low).astype(dtype) + KEEP)
-        momentum = None
-        if self.momentum is not None:
-            momentum = jax.nn.log_sigmoid(self.momentum(low).astype(dtype)) + math.log(c.momentum_max)
+        c, dtype = self.config, wide(q)
+        logits = {name: logit.astype(dtype) for name, logit in written["gates"].items()}
+        lr = c.largest_step * jax.nn.sigmoid(logits["lr"])
+        keep = jax.nn.log_sigmoid(logits["keep"] + KEEP) if c.keep else None
+        momentum = jax.nn.log_sigmoid(logits["momentum"]) + math.log(c.momentum_max) if c.momentum else None
         threshold = None
-        if self.threshold is not None:
-            threshold = jax.nn.softplus(self.threshold(x_BTD).astype(dtype))[..., None]
+        if "threshold" in written:
+            threshold = jax.nn.softplus(written["threshold"].astype(dtype))[..., None]
+        (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
         outer = {name: p[...].astype(dtype) for name, p in self.outer.items()}
         y, after = test_time_memory(
             self.rule,
@@ -325,7 +335,7 @@ class TestTimeLayer(Layer):
             outer,
             threshold=threshold,
             state=learner,
-            pos=pos,
+            pos=pos_BT,
             implementation=c.implementation,
             wanted=wanted or learner is not None,
             chunks=chunks,

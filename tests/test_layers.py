@@ -1,5 +1,6 @@
 """Each layer is the one of its paper: sizes, initial values, and its output against the equations, in NumPy."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,9 @@ def test_sizes_follow_the_options():
         return {path: p.shape for path, p in nnx.to_flat_state(nnx.state(layer))}
 
     grouped = shapes(GatedDeltaNet(H=4, G=2, K=8, V=16))
-    assert grouped["query", "w"] == grouped["key", "w"] == (64, 2, 8) and grouped["value", "w"] == (64, 4, 16)
-    assert grouped["decay", "A_log"] == (4,) and grouped["step", "w"] == (64, 4)
+    assert grouped["query", "w"] == grouped["written", "key", "w"] == (64, 2, 8)
+    assert grouped["written", "value", "w"] == (64, 4, 16)
+    assert grouped["decay", "A_log"] == (4,) and grouped["written", "step", "w"] == (64, 4)
     assert not any("gate" in path for path in shapes(GatedDeltaNet(gate=False)))
     assert shapes(DeltaNet(gate=True))["gate", "w"] == (64, 4, 16)
     assert not any("convs" in path for path in shapes(DeltaNet(conv=0)))
@@ -84,7 +86,8 @@ def test_sizes_follow_the_options():
     mamba = shapes(Mamba2(V=16, K=8, G=2))
     assert mamba["key", "w"] == (64, 2, 8) and mamba["convs", "convs", 2, "b"] == (8, 16) and mamba["skip",] == (8,)
     kda = shapes(KDA(R=6))
-    assert kda["decay_down", "w"] == (64, 6) and kda["gate_up", "b"] == (4, 16) and ("decay_up", "b") not in kda
+    assert kda["written", "decay", "down", "w"] == (64, 6) and kda["gate", "up", "b"] == (4, 16)
+    assert ("written", "decay", "up", "b") not in kda
 
 
 @pytest.mark.parametrize("config", [c for cls in FAMILY for c in cls.examples()], ids=str)
@@ -155,9 +158,9 @@ def test_projections_and_filters_begin_at_unit_scale():
     assert conv.b is not None and not conv.b[...].any()
     layer = built(KDA(H=4, K=32, V=32))
     assert abs(np.asarray(layer.query.w[...]).std() * np.sqrt(64) - 1) < 0.05
-    assert abs(np.asarray(layer.decay_up.w[...]).std() * np.sqrt(32) - 1) < 0.05
+    assert abs(np.asarray(layer.written.decay.up.w[...]).std() * np.sqrt(32) - 1) < 0.05
     assert abs(np.asarray(layer.out.w[...]).std() * np.sqrt(4 * 32) - 1) < 0.05
-    assert layer.gate_up.b is not None and not layer.gate_up.b[...].any()
+    assert layer.gate.up.b is not None and not layer.gate.up.b[...].any()
     hedgehogs = built(LinearAttention(H=4, K=32, V=8, feature_map="hedgehog"))
     assert hedgehogs.key_map is not None and hedgehogs.query_map is not None
     assert abs(np.asarray(hedgehogs.key_map.w[...]).std() * np.sqrt(32) - 1) < 0.05
@@ -337,13 +340,14 @@ class Weights:
         y = self.x
         for name in names:
             y = np.tensordot(y, self[name + ".w"], 1)
-            if getattr(self.layer, name).b is not None:
+            if operator.attrgetter(name)(self.layer).b is not None:
                 y = y + self[name + ".b"]
         return y
 
     def streams(self):
         """Query, key, value after their convolutions, before any activation."""
-        ys = [self.project(name) for name in ("query", "key", "value")]
+        told = "written." if hasattr(self.layer, "written") else ""
+        ys = [self.project(name) for name in ("query", told + "key", told + "value")]
         for i, conv in enumerate(self.layer.convs.convs):
             pos = np.tile(np.arange(1, self.x.shape[1] + 1), (self.x.shape[0], 1))
             w = np.asarray(conv.w[...], np.float64)
@@ -398,7 +402,7 @@ def gla(c, w):
     q, k, v = w.streams()
     if c.conv:
         q, k, v = silu(q), silu(k), silu(v)
-    keep = sigmoid(w.project("decay_down", "decay_up")) ** (1 / c.temperature)
+    keep = sigmoid(w.project("written.decay.down", "written.decay.up")) ** (1 / c.temperature)
     y = remembered(q / np.sqrt(q.shape[-1]), k, v, keep)
     return w.out(rms(y) * w["norm.w"] * silu(w.project("gate")))
 
@@ -417,7 +421,7 @@ def mamba2(c, w):
 
 def deltanet(c, w):
     q, k, v = map(silu, w.streams())
-    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("beta"))
+    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("written.beta"))
     y = rms(remembered(unit(q) / np.sqrt(q.shape[-1]), unit(k), v, beta=beta)) * w["norm.w"]
     return w.out(y * silu(w.project("gate")) if c.gate else y)
 
@@ -425,8 +429,8 @@ def deltanet(c, w):
 def gated_deltanet(c, w):
     q, k, v = map(silu, w.streams())
     group = np.arange(c.H) // (c.H // (c.G or c.H))
-    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("beta"))
-    keep = np.exp(-np.exp(w["decay.A_log"]) * np.log1p(np.exp(w.project("step") + w["decay.dt_bias"])))
+    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("written.beta"))
+    keep = np.exp(-np.exp(w["decay.A_log"]) * np.log1p(np.exp(w.project("written.step") + w["decay.dt_bias"])))
     y = remembered(unit(q)[:, :, group] / np.sqrt(q.shape[-1]), unit(k)[:, :, group], v, keep, beta)
     y = rms(y) * w["norm.w"]
     return w.out(y * silu(w.project("gate")) if c.gate else y)
@@ -434,11 +438,11 @@ def gated_deltanet(c, w):
 
 def kda(c, w):
     q, k, v = map(silu, w.streams())
-    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("beta"))
-    a, A = w.project("decay_down", "decay_up") + w["decay.dt_bias"], np.exp(w["decay.A_log"])[:, None]
+    beta = (2 if c.negative_eigenvalues else 1) * sigmoid(w.project("written.beta"))
+    a, A = w.project("written.decay.down", "written.decay.up") + w["decay.dt_bias"], np.exp(w["decay.A_log"])[:, None]
     log_decay = -A * np.log1p(np.exp(a)) if c.bound is None else c.bound * sigmoid(A * a)
     y = remembered(unit(q) / np.sqrt(q.shape[-1]), unit(k), v, np.exp(log_decay), beta)
-    return w.out(rms(y) * w["norm.w"] * sigmoid(w.project("gate_down", "gate_up")))
+    return w.out(rms(y) * w["norm.w"] * sigmoid(w.project("gate.down", "gate.up")))
 
 
 def mlp(c, w):

@@ -2,7 +2,8 @@
 
     P_ij = sum_d x_id k_jd e^{X_id - G_jd}      for j <= i (inclusive rows) or j < i
 
-G is the running sum of log decays up to and including a token; X is G itself, or G without the token's own decay.
+G is the running sum of log decays up to and including a token, from where its segment begins; X is G itself, or G
+without the token's own decay. Pairs of two segments are 0.
 Writing this as (x e^X)(k e^-G)^T overflows float32 as soon as a chunk decays by e^-88. Here pairs are split by halves:
 for rows in the second half of a block and columns in its first, the reference is G at the last column, and both factors
 
@@ -28,20 +29,24 @@ class Rows(NamedTuple):
     inclusive: bool  # whether a row sees its own column
 
 
-def decayed_products(rows: list[Rows], k: Array, G: Array) -> list[Array]:
-    """One lower triangular [..., C, C] for each of `rows`; k and G are [..., C, K]."""
+def decayed_products(rows: list[Rows], k: Array, G: Array, segment: Array | None = None) -> list[Array]:
+    """One lower triangular [..., C, C] for each of `rows`; k and G are [..., C, K], segment (None: one) [..., C, 1]."""
     C = k.shape[-2]
     block = C
     while block % 2 == 0 and block > 1:
         block //= 2
-    result = [_diagonal(r, k, G, block) for r in rows]
+    result = [_diagonal(r, k, G, segment, block) for r in rows]
     while block < C:
         k_low, G_low = _halves(k, block)[0], _halves(G, block)[0]
         reference = G_low[..., -1:, :]
-        k_low = k_low * jnp.exp(reference - G_low)
+        low = high = None
+        if segment is not None:  # a pair of one segment has the reference in it too
+            before, after = _halves(segment, block)
+            low, high = before == before[..., -1:, :], after == before[..., -1:, :]
+        k_low = k_low * _exp(reference - G_low, low)
         merged = []
         for r, below in zip(rows, result, strict=True):
-            x_high = _halves(r.x, block)[1] * jnp.exp(_halves(r.G, block)[1] - reference)
+            x_high = _halves(r.x, block)[1] * _exp(_halves(r.G, block)[1] - reference, high)
             if block < SMALL:
                 corner = jnp.sum(x_high[..., :, None, :] * k_low[..., None, :, :], -1)
             else:
@@ -51,13 +56,18 @@ def decayed_products(rows: list[Rows], k: Array, G: Array) -> list[Array]:
     return [p[..., 0, :, :] for p in result]
 
 
+def _exp(x: Array, mask: Array | None) -> Array:
+    """0 where the mask is not; the argument is masked, so that no gradient is 0 times infinity."""
+    return jnp.exp(x if mask is None else jnp.where(mask, x, -jnp.inf))
+
+
 def _halves(x: Array, block: int) -> tuple[Array, Array]:
     """[..., C, K] -> first and second halves of blocks of twice this size, [..., C / 2 block, block, K] each."""
     x = x.reshape(*x.shape[:-2], -1, 2, block, x.shape[-1])
     return x[..., 0, :, :], x[..., 1, :, :]
 
 
-def _diagonal(rows: Rows, k: Array, G: Array, block: int) -> Array:
+def _diagonal(rows: Rows, k: Array, G: Array, segment: Array | None, block: int) -> Array:
     """The diagonal blocks, [..., C / block, block, block]; `block` is the odd part of C, 1 for a power of two."""
     if block == 1:
         own = jnp.sum(rows.x * k, -1) if rows.inclusive else jnp.zeros_like(k[..., 0])
@@ -66,8 +76,11 @@ def _diagonal(rows: Rows, k: Array, G: Array, block: int) -> Array:
     x, X, k, G = (a.reshape(*a.shape[:-2], -1, block, a.shape[-1]) for a in (rows.x, rows.G, k, G))
     seen = jnp.tril(jnp.ones((block, block), bool), 0 if rows.inclusive else -1)
     gap = X[..., :, None, :] - G[..., None, :, :]
-    fade = jnp.exp(jnp.where(seen.reshape((1,) * (gap.ndim - 3) + (block, block, 1)), gap, -jnp.inf))
-    return jnp.sum(x[..., :, None, :] * k[..., None, :, :] * fade, -1)
+    seen = seen.reshape((1,) * (gap.ndim - 3) + (block, block, 1))
+    if segment is not None:
+        s = segment.reshape(*segment.shape[:-2], -1, block, 1)
+        seen = seen & (s[..., :, None, :] == s[..., None, :, :])
+    return jnp.sum(x[..., :, None, :] * k[..., None, :, :] * _exp(gap, seen), -1)
 
 
 def _merge(blocks: Array, corner: Array) -> Array:

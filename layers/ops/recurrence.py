@@ -194,15 +194,16 @@ def _intra(x: Inputs, entering: Array | None, rule: Rule) -> Chunk:
             products.append(_triangle(_mm(r, k, rule, transpose=True), strict))
         read, erase, keys, fade = q, r, k, None
     else:
-        tril = jnp.tril(jnp.ones((C, C), g.dtype))
-        G = jnp.einsum("ij,...jk->...ik", tril, g, precision=HIGHEST)  # far faster here than cumsum
+        # A product, which is far faster here than cumsum, and begins anew with each segment: no sum that holds an
+        # earlier document is subtracted from another.
+        G = jnp.matmul(_ones_like(causal, g), g, precision=HIGHEST)
         before = G - g
         Gq = before if rule.exclusive else G
         Gr = before if rule.undecayed else G
         total = G[..., -1:, :]
         read = q * jnp.exp(Gq)
         erase = None if r is None else r * jnp.exp(Gr)
-        keys = k * jnp.exp(total - G)
+        keys = k * jnp.exp(total - G if alive is None else jnp.where(alive, total - G, -jnp.inf))
         fade = jnp.swapaxes(jnp.exp(total), -1, -2)
         if g.shape[-1] == 1:
             decay = _fade(Gq, G, read_mask)
@@ -213,10 +214,8 @@ def _intra(x: Inputs, entering: Array | None, rule: Rule) -> Chunk:
                 products.append(_triangle(L * decay, strict) if same_decay else L * _fade(Gr, G, strict))
         else:
             rows = [Rows(q, Gq, not rule.exclusive)] + ([] if r is None else [Rows(r, Gr, False)])
-            products = [
-                p if x.segment is None else jnp.where(m, p, 0)
-                for p, m in zip(decayed_products(rows, k, G), (read_mask, strict), strict=False)
-            ]
+            segment = None if x.segment is None else x.segment[..., None, :, None]
+            products = decayed_products(rows, k, G, segment)
     if keep is not None:
         fade = keep.astype(q.dtype) if fade is None else jnp.where(keep, fade, 0)
     extra = None
@@ -232,6 +231,10 @@ def _intra(x: Inputs, entering: Array | None, rule: Rule) -> Chunk:
         fade,
         extra,
     )
+
+
+def _ones_like(mask: Array, g: Array) -> Array:
+    return mask.astype(g.dtype).reshape((1,) * (g.ndim - mask.ndim) + mask.shape)
 
 
 def _triangle(product: Array, mask: Array) -> Array:
