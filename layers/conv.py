@@ -1,6 +1,6 @@
 """Short causal convolution, one filter a channel: each token sees the few inputs just before it, itself included.
 
-    y_t = sum_j w_j x_{t-j} + b,  j = 0 .. J-1        (J taps)
+    y_t = sum_j w_j x_{t - j δ} + b,  j = 0 .. J-1        (J taps, dilation δ)
 
 Recurrent memories put one behind the query, key and value projections (H3, arXiv 2212.14052; Mamba; DeltaNet). Shifted
 multiply-adds, because XLA fuses them into one loop; a grouped lax.conv is many times slower on CPU.
@@ -23,8 +23,9 @@ Tails = tuple[Array, ...]
 class ShortConv(nnx.Module):
     """`ShortConv("HK", H=4, K=16, rngs=rngs)` filters [B, T, H, K] over T, `ShortConv("D", D=64, rngs=rngs)` [B, T, D].
 
-    Weights U(±1/sqrt(taps)), biases zeros. `activation` follows, still in float32. The tail that is handed on holds the
-    last taps - 1 inputs of the current document, zeros where it is younger; a start in between hides what lies before.
+    Weights U(±1/sqrt(taps)), or zeros; biases zeros. `activation` follows, still in float32. The tail that is handed on
+    holds the last (taps - 1) · dilation inputs of the current document, zeros where it is younger; a start in between
+    hides what lies before.
     """
 
     def __init__(
@@ -33,21 +34,23 @@ class ShortConv(nnx.Module):
         *,
         rngs: nnx.Rngs,
         taps: int = 4,
+        dilation: int = 1,
+        zeros: bool = False,
         bias: bool = False,
         activation: Callable[[Array], Array] | None = None,
         **sizes: int,
     ):
         shape = [sizes[a] for a in axes]
-        bound = taps**-0.5
-        self.taps, self.channels = taps, tuple(shape)
+        bound = 0.0 if zeros else taps**-0.5
+        self.taps, self.dilation, self.channels = taps, dilation, tuple(shape)
         self.activation = activation
         w = jax.random.uniform(rngs.params(), [taps, *shape], jnp.float32, -bound, bound)
         self.w = nnx.Param(w, axes="J" + axes)
         self.b = nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, decay=False) if bias else None
 
     def init_tail(self, B: int) -> Array:
-        """No input yet: float32 [B, taps - 1, *channels]."""
-        return jnp.zeros([B, self.taps - 1, *self.channels], jnp.float32)
+        """No input yet: float32 [B, (taps - 1) · dilation, *channels]."""
+        return jnp.zeros([B, (self.taps - 1) * self.dilation, *self.channels], jnp.float32)
 
     def __call__(self, x: Array, pos_BT: Array, tail: Array | None = None) -> tuple[Array, Array]:
         """x: [B, T, *channels]. Returns (y like x, the tail after the last token in the dtype of `tail`).
@@ -57,7 +60,8 @@ class ShortConv(nnx.Module):
         tail = self.init_tail(x.shape[0]) if tail is None else tail
         dtype = wide(x)
         w = self.w[...].astype(dtype)
-        y, new_tail = (_step if x.shape[1] == 1 else _convolve)(x.astype(dtype), w, pos_BT, tail.astype(dtype))
+        convolve = _step if x.shape[1] == 1 else _convolve
+        y, new_tail = convolve(x.astype(dtype), w, pos_BT, tail.astype(dtype), self.dilation)
         if self.b is not None:
             y = y + self.b[...].astype(dtype)[None, None]
         if self.activation is not None:
@@ -70,14 +74,14 @@ def _over(mask: Array, x: Array) -> Array:
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def _step(x: Array, w: Array, pos_BT: Array, tail: Array) -> tuple[Array, Array]:
+def _step(x: Array, w: Array, pos_BT: Array, tail: Array, dilation: int) -> tuple[Array, Array]:
     """One token: cheap enough to decode with."""
     seen = jnp.concatenate([jnp.where(_over(pos_BT[:, 0] == 0, tail), 0.0, tail), x], 1)
-    y = jnp.sum(seen * jnp.flip(w, 0)[None], 1, keepdims=True)
+    y = jnp.sum(seen[:, ::dilation] * jnp.flip(w, 0)[None], 1, keepdims=True)
     return y, jnp.where(_over(pos_BT[:, 0] < 0, tail), tail, seen[:, 1:])
 
 
-def _convolve(x: Array, w: Array, pos_BT: Array, tail: Array) -> tuple[Array, Array]:
+def _convolve(x: Array, w: Array, pos_BT: Array, tail: Array, dilation: int) -> tuple[Array, Array]:
     """A block of tokens. Only a document that goes on behind padding needs the padding moved out of its way."""
     padding_BT = pos_BT < 0
     goes_on = jnp.any(padding_BT[:, :-1] & (pos_BT[:, 1:] > 0))
@@ -93,20 +97,22 @@ def _convolve(x: Array, w: Array, pos_BT: Array, tail: Array) -> tuple[Array, Ar
     # Two small conditionals around one convolution, not one around two: a conditional keeps for the backward pass what
     # either branch would need, and here that is only the order.
     x, pos_BT = jax.lax.cond(goes_on, pack, lambda x, pos: (x, pos), x, pos_BT)
-    y, tail = _convolve_packed(x, w, pos_BT, tail)
+    y, tail = _convolve_packed(x, w, pos_BT, tail, dilation)
     return jax.lax.cond(goes_on, unpack, lambda y: y, y), tail
 
 
-def _convolve_packed(x: Array, w: Array, pos_BT: Array, tail: Array) -> tuple[Array, Array]:
+def _convolve_packed(x: Array, w: Array, pos_BT: Array, tail: Array, dilation: int) -> tuple[Array, Array]:
     """As _convolve, where no document goes on behind padding."""
-    (B, T), J = pos_BT.shape, w.shape[0]
+    (B, T), J = pos_BT.shape, tail.shape[1] + 1
     seen = jnp.concatenate([tail, x], 1)
     start_BT = jnp.pad(pos_BT == 0, [(0, 0), (J - 1, 0)])
     y = x * w[0][None, None]
     hidden_BT = jnp.zeros([B, T], bool)
-    for j in range(1, J):  # tap j is hidden where a document started at the token or up to j - 1 before it
+    for j in range(1, J):  # what lies j back is hidden where a document started at the token or up to j - 1 before it
         hidden_BT = hidden_BT | start_BT[:, J - j : J - j + T]
-        y = y + jnp.where(_over(hidden_BT, x), 0.0, seen[:, J - 1 - j : J - 1 - j + T]) * w[j][None, None]
+        if j % dilation == 0:
+            seen_BT = seen[:, J - 1 - j : J - 1 - j + T]
+            y = y + jnp.where(_over(hidden_BT, x), 0.0, seen_BT) * w[j // dilation][None, None]
 
     # The last J - 1 inputs up to the last token that is not padding (none: the tail stays), without those from before
     # the start of its document.
@@ -134,7 +140,11 @@ class ShortConvs(nnx.Module):
         **sizes: int,
     ):
         self.convs = nnx.List(
-            [ShortConv(a, rngs=rngs, taps=taps, bias=bias, activation=activation, **sizes) for a in axes if taps]
+            [
+                ShortConv(a, rngs=rngs, taps=taps, bias=bias, activation=activation, **sizes)  # type: ignore[arg-type]
+                for a in axes
+                if taps
+            ]
         )
         self.activation = activation
 

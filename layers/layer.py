@@ -49,6 +49,13 @@ class LayerConfig:
     def build(self, D: int, *, rngs: nnx.Rngs) -> "Layer":
         raise NotImplementedError
 
+    def constants(self) -> dict[str, Any]:
+        """What a layer computes with besides its config and Params, such as hashes that were drawn; JSON.
+
+        A checkpoint keeps it, and is refused where it is another.
+        """
+        return {}
+
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
         """Small instances for tests, probes and benchmarks: each builds at D = 64 and takes any ids below 50."""

@@ -62,6 +62,10 @@ class LM:
         positive(self, "W", "D")
         if not self.stages:
             raise ValueError("LM.stages is empty: give it at least one Stage")
+        for layer in (layer for stage in self.stages for layer in stage.pattern):
+            words = getattr(layer, "W", self.W)
+            if words != self.W:
+                raise ValueError(f"{type(layer).__name__}.W is {words}: it must be the model's, LM.W = {self.W}")
 
     @property
     def depth(self) -> int:

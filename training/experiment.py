@@ -8,9 +8,10 @@ from models.lm import LM
 from training.data import DataConfig
 
 
-def _above_zero(config: object, field: str) -> None:
-    if not getattr(config, field) > 0:
-        raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
+def _above_zero(config: object, *fields: str) -> None:
+    for field in fields:
+        if not getattr(config, field) > 0:
+            raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +37,21 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay."""
+    """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay.
+
+    table_lr: of tables that are looked up (Engram), in units of lr; they do not decay either.
+    """
 
     lr: float = 3e-3
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    table_lr: float = 5.0
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        _above_zero(self, "lr")
+        _above_zero(self, "lr", "table_lr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Muon:
     """Muon (orthogonalised momentum, Jordan 2024) for matrices, AdamW for embeddings and all else.
 
     lr: of the matrices; their updates are scaled to a root mean square of 0.2 lr, so that it reads as an AdamW rate
-    (arXiv 2502.16982). adam_lr: of all else; None for lr.
+    (arXiv 2502.16982). adam_lr: of all else; None for lr. table_lr: of tables, as in AdamW, in units of adam_lr.
     """
 
     lr: float = 5e-3
@@ -63,10 +68,11 @@ class Muon:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1
+    table_lr: float = 5.0
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        _above_zero(self, "lr")
+        _above_zero(self, "lr", "table_lr")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,12 @@ def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule
 def build_optimizer(
     config: AdamW | Muon, steps: int, clip: float | None, specs: dict[str, Spec]
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`)."""
+    """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`).
+
+    Tables that are looked up have a norm of their own, so that few rows with large gradients do not rescale the rest,
+    and Adam at `table_lr` times the rate (Engram, arXiv 2601.07372).
+    """
+    tables = {name for name, spec in specs.items() if spec.table}
 
     def decayed(params: Any) -> Any:  # of the parameters that a part of the optimiser is given
         return {name: specs[name].decay for name in params}
@@ -39,31 +44,35 @@ def build_optimizer(
         schedule = learning_rate(lr, config.schedule, steps)
         return optax.adamw(schedule, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
 
-    if isinstance(config, AdamW):
-        optimizer = adam(config.lr, config.eps)
-    else:
+    eps = config.eps if isinstance(config, AdamW) else 1e-8
+    adam_lr = config.lr if isinstance(config, AdamW) else config.adam_lr or config.lr
+    parts = {"adam": adam(adam_lr, eps)}
+    kinds = dict.fromkeys(specs, "adam") | dict.fromkeys(tables, "table")
+    if tables:
+        parts["table"] = adam(adam_lr * config.table_lr, eps)
+    if isinstance(config, Muon):
         # optax's muon would train the rest too, but decay all of it: it is given the matrices alone.
         matrices = {name: numbers for name, spec in specs.items() if (numbers := _dimensions(spec)) is not None}
 
         def dimensions(params: Any) -> Any:
             return {name: matrices.get(name) for name in params}
 
-        optimizer = optax.partition(
-            {
-                "muon": muon(
-                    learning_rate(config.lr, config.schedule, steps),
-                    beta=config.momentum,
-                    weight_decay=config.weight_decay,
-                    weight_decay_mask=decayed,
-                    muon_weight_dimension_numbers=dimensions,
-                    consistent_rms=0.2,
-                ),
-                "adam": adam(config.adam_lr or config.lr, 1e-8),
-            },
-            {name: "muon" if name in matrices else "adam" for name in specs},
+        parts["muon"] = muon(
+            learning_rate(config.lr, config.schedule, steps),
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=dimensions,
+            consistent_rms=0.2,
         )
+        kinds |= dict.fromkeys(matrices, "muon")
+    optimizer = parts["adam"] if len(parts) == 1 else optax.partition(parts, kinds)
     if clip is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+        clipped = optax.clip_by_global_norm(clip)
+        if tables:
+            apart = {name: "table" if name in tables else "rest" for name in specs}
+            clipped = optax.partition({"table": clipped, "rest": clipped}, apart)
+        optimizer = optax.chain(clipped, optimizer)
 
     def update(grads: Any, state: Any, params: Any = None) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counts with floats
@@ -73,7 +82,11 @@ def build_optimizer(
 
 
 def _dimensions(spec: Spec) -> MuonDimensionNumbers | None:
-    """Which axes of a matrix a product sums over and which it brings; stacked layers are apart. None: not a matrix."""
+    """Which axes of a matrix a product sums over and which it brings. None: not a matrix.
+
+    Stacked layers (a leading L) and the maps of several memories (a leading M) are matrices apart.
+    """
+    apart = len(spec.axes) - len(spec.axes.lstrip("LM"))
     inputs = tuple(i for i, letter in enumerate(spec.axes) if letter in spec.fan_in)
-    outputs = tuple(i for i, letter in enumerate(spec.axes) if letter not in spec.fan_in and letter != "L")
+    outputs = tuple(i for i, letter in enumerate(spec.axes) if letter not in spec.fan_in and i >= apart)
     return MuonDimensionNumbers(inputs, outputs) if inputs and outputs else None

@@ -316,6 +316,15 @@ def _start(job: Job, checkpoints: Checkpoints, source: Path | None, run: Path, c
             f"the data has changed since step {step} was saved (digest {meta['digest'][:12]}, now "
             f"{job.dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
         )
+    kept, now = meta.get("constants", {}), _constants(job.experiment)
+    for place in sorted(kept.keys() | now.keys()):
+        if kept.get(place) != now.get(place):
+            old, new = kept.get(place, {}), now.get(place, {})
+            name = next(name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+            raise CheckpointError(
+                f"{source} was trained with model.{place}: {name} = {old.get(name)}, and now that is {new.get(name)}, "
+                "so its tables would be read at other rows: give the layer the old ones, or start another --run"
+            )
     if step > job.experiment.train.steps:
         raise settings.ConfigError(
             f"train.steps is {job.experiment.train.steps}, but {source} is at step {step} already: give at least that"
@@ -365,12 +374,23 @@ def _meta(job: Job, step: int) -> dict[str, Any]:
         "seed": job.experiment.train.seed,
         "digest": job.dataset.digest,
         "config": settings.render(job.experiment),
+        "constants": _constants(job.experiment),
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
             "flax": flax.__version__,
             "numpy": np.__version__,
         },
+    }
+
+
+def _constants(experiment: Experiment) -> dict[str, Any]:
+    """What layers compute with besides config and parameters, by their place in the model."""
+    return {
+        f"stages.{s}.pattern.{i}": said
+        for s, stage in enumerate(experiment.model.stages)
+        for i, layer in enumerate(stage.pattern)
+        if (said := layer.constants())
     }
 
 
