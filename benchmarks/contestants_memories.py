@@ -1,6 +1,6 @@
-"""Our test-time memories, ready to be timed: the engine in its forms, and the Titans layer.
+"""Our memories, ready to be timed: the test-time engine in its forms, the Titans layer, and a mixture.
 
-Run as `python -m benchmarks.contestants_memories` by benchmarks/memories.py.
+Run as `python -m benchmarks.contestants_memories` by benchmarks/memories.py and benchmarks/mixture.py.
 """
 
 import functools
@@ -21,7 +21,9 @@ import numpy as np
 from flax import nnx
 
 from layers import test_time
+from layers.gated_deltanet import GatedDeltaNet
 from layers.layer import Tokens
+from layers.mixture import MixtureOfMemories
 from layers.ops import fast_weights as fw
 from layers.ops.memory_forms import Rule
 from layers.ops.test_time import Gate, test_time_memory
@@ -65,6 +67,15 @@ def layer(mode: str, B: int, T: int, D: int, H: int, C: int, remat: bool) -> Loa
     return _compiled(mode, forward, (built, x))
 
 
+def mixture(mode: str, B: int, T: int, D: int, H: int, M: int) -> Loaded:
+    """M memories of Gated DeltaNet, two for a token and a shared one; M 0: the layer itself."""
+    base = GatedDeltaNet(H=H)
+    built = (MixtureOfMemories(base, M=M, top=2) if M else base).build(D, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+    said = Tokens(jnp.zeros((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)))
+    return _compiled(mode, lambda built, x: built(x, said).y_BTD, (built, x))
+
+
 def _compiled(mode: str, forward: Callable[..., Any], arguments: tuple[Any, ...]) -> Loaded:
     def loss(arguments: Any) -> Any:
         return jnp.sum(jnp.square(forward(*arguments)))
@@ -80,7 +91,7 @@ def _compiled(mode: str, forward: Callable[..., Any], arguments: tuple[Any, ...]
 
 
 def load(what: str, **options: Any) -> Loaded:
-    makers: dict[str, Callable[..., Loaded]] = {"engine": engine, "layer": layer}
+    makers: dict[str, Callable[..., Loaded]] = {"engine": engine, "layer": layer, "mixture": mixture}
     return makers[what](**options)
 
 

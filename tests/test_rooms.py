@@ -32,8 +32,9 @@ INSIDE = {
 # Which packages of others a leaf may import besides the standard library; rooms not named here choose freely.
 OUTSIDE = {
     "layers.kernels": ("jax",),
-    "layers.ops": ("jax", "einops"),
-    "layers": ("jax", "flax"),
+    # numpy: for constants that are computed once, on the host and in 64 bits (hashes), and stay out of every program.
+    "layers.ops": ("jax", "einops", "numpy"),
+    "layers": ("jax", "flax", "numpy"),
 }
 STANDARD = frozenset(sys.stdlib_module_names)
 

@@ -1,0 +1,101 @@
+"""A mixture of memories against one memory of the same state: associative recall (MQAR) with more and more pairs.
+
+    python -m probes.mixture_study            writes results/mixture/: study.jsonl, study.md, recall.png
+    python -m probes.mixture_study --seeds 1 --steps 40 --folder runs/study      a look
+
+Gated DeltaNet behind a gated convolution, width 64. `one small`: 2 heads of 8 by 8. `one large`: 2 of 16 by 16, the
+state of four small ones. `mixture`: four small ones, two for a token, none shared; the state of `one large`, of which a
+token touches half. Everything is trained on all numbers of pairs at once. What is in study.jsonl is not trained again.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+
+from layers.gated_conv import GatedConv
+from layers.gated_deltanet import GatedDeltaNet
+from layers.layer import LayerConfig
+from layers.mixture import MixtureOfMemories
+from models.lm import LM, Stage
+from probes.small_runs import Ledger, SmallRun, curves
+from probes.tasks.recall import Recall, Segment
+from training.experiment import AdamW, Schedule
+
+PAIRS, T, W = (4, 8, 16), 64, 128
+SMALL = GatedDeltaNet(H=2, K=8, V=8)
+MIXERS: dict[str, LayerConfig] = {
+    "one small": SMALL,
+    "one large": GatedDeltaNet(H=2, K=16, V=16),
+    "mixture": MixtureOfMemories(SMALL, M=4, top=2, shared=False, balance=1e-2),
+    "mixture, one map": MixtureOfMemories(SMALL, M=4, top=2, shared=False, projections="one", balance=1e-2),
+}
+
+
+def data_of(pairs: tuple[int, ...]) -> Recall:
+    train = tuple(Segment(T, n, 40_000) for n in pairs)
+    return Recall(
+        T=T, B=64, vocab=W, train=train, test=tuple(Segment(T, n, 512) for n in pairs), filler="conflict_free"
+    )
+
+
+def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
+    alone = {n: data_of((n,)).build() for n in PAIRS}
+    for name, mixer in MIXERS.items():
+        model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
+        optimizer = AdamW(lr=5e-3, schedule=Schedule(warmup=20, shape="cosine", final=0.0))
+        run, asked = None, {}
+        for seed in range(seeds):
+            if ledger.has(name=name, seed=seed, steps=steps, pairs=PAIRS[-1]):
+                continue
+            if run is None:
+                run = SmallRun(model, data_of(PAIRS).build(), optimizer, steps)
+                asked = {n: SmallRun(model, data, optimizer, steps) for n, data in alone.items()}
+            start = time.time()
+            *_, (_, params, loss) = run.train(seed, steps)
+            for n, other in asked.items():
+                ledger.add(name=name, seed=seed, steps=steps, pairs=n, accuracy=other.accuracy(params), loss=loss)
+            said = ", ".join(f"{row['pairs']} pairs {row['accuracy']:.3f}" for row in ledger.rows[-len(PAIRS) :])
+            console.print(f"{name}, seed {seed}: {said} ({time.time() - start:.0f} s)")
+
+
+def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in ledger.rows if row["steps"] == steps and row["seed"] < seeds]
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    curves(axes, rows, "pairs", "accuracy", list(MIXERS))
+    axes.set(xlabel="pairs in a row of 64 tokens", ylabel="questions answered right", ylim=(0, 1.02), xticks=PAIRS)
+    axes.set_title(f"Associative recall after {steps} steps; bands: least and most of {seeds} seeds")
+    figure.tight_layout()
+    figure.savefig(folder / "recall.png", dpi=130)
+    lines = ["| model | state, floats | pairs | right | ± |", "|---|---:|---:|---:|---:|"]
+    for name, mixer in MIXERS.items():
+        one = mixer if isinstance(mixer, GatedDeltaNet) else SMALL
+        assert one.K and one.V
+        floats = one.H * one.K * one.V * getattr(mixer, "M", 1)
+        for n in PAIRS:
+            hits = [row["accuracy"] for row in rows if row["name"] == name and row["pairs"] == n]
+            spread = np.std(hits, ddof=1) if len(hits) > 1 else 0.0
+            lines.append(f"| {name} | {floats} | {n} | {np.mean(hits):.3f} | {spread:.3f} |")
+    (folder / "study.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("results/mixture"))
+    parser.add_argument("--steps", type=int, default=600, help="of training, 64 rows of 64 tokens each (default 600)")
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    ledger = Ledger(options.folder / "study.jsonl")
+    study(ledger, options.steps, options.seeds, Console())
+    report(ledger, options.folder, options.steps, options.seeds)
+    print(f"wrote {options.folder}/study.md, recall.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Small models trained in a few lines, for studies: many of them, one after the other, each a program of its own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.layer import Tokens
+from models.lm import LM, LanguageModel
+from models.loss import score_tokens
+from models.parameters import Params, Structure, flatten
+from training.data import Batch, Dataset
+from training.experiment import AdamW, Experiment, Train
+from training.optimizer import build_optimizer
+from training.step import init_state, train_step
+
+
+class SmallRun:
+    """A model over a dataset: `train` goes on step by step, `accuracy` asks it as it is."""
+
+    def __init__(self, model: LM, data: Dataset, optimizer: AdamW, steps: int):
+        self.data, self.model = data, model
+        self.experiment = Experiment("study", model, data.config, optimizer, Train(steps=steps))
+        shapes = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
+        self.structure: Structure = flatten(shapes)[1]
+        self.optimizer = build_optimizer(optimizer, steps, self.experiment.train.clip, self.structure.specs)
+        step = train_step(self.experiment, self.structure, self.optimizer, data.token_bytes, data.labelled)
+        self._step = jax.jit(step, donate_argnums=0)
+        self._asked = jax.jit(self._score, static_argnames="skip")
+
+    def train(self, seed: int, every: int) -> Iterator[tuple[int, Params, float]]:
+        """(steps done, parameters, loss of the last step) after every so many steps."""
+        params, _ = flatten(self.model.build(rngs=nnx.Rngs(seed)))
+        state: Any = init_state(self.experiment, params, self.optimizer)
+        for done in range(1, self.experiment.train.steps + 1):
+            state, metrics = self._step(state, self.data.batch(seed, done - 1))  # type: ignore[arg-type]
+            if done % every == 0 or done == self.experiment.train.steps:
+                yield done, state["params"], float(metrics["loss"])
+
+    def _score(self, params: Params, batch: Batch, skip: tuple[str, ...]) -> tuple[Any, Any]:
+        model: LanguageModel = self.structure.module(params)
+        tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
+        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip)
+        return jnp.sum(scores.correct), jnp.sum(scores.asked)
+
+    def accuracy(self, params: Params, skip: tuple[str, ...] = ()) -> float:
+        """Share of the held-out questions answered right, without the layers of `skip`."""
+        counts = np.sum([jax.device_get(self._asked(params, b, skip=skip)) for b in self.data.held_out()], 0)
+        return float(counts[0] / counts[1])
+
+
+class Ledger:
+    """Rows in a file of JSON lines: what is in it is not done again."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def curves(axes: Any, rows: list[dict[str, Any]], x: str, y: str, names: list[str]) -> None:
+    """A line for each name: the mean over seeds, and the least and most as a band."""
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["name"] == name]
+        at = sorted({row[x] for row in mine})
+        values = [[row[y] for row in mine if row[x] == place] for place in at]
+        axes.plot(at, [float(np.mean(v)) for v in values], marker="o", ms=3, color=f"C{i}", label=name)
+        axes.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15, lw=0)
+    axes.grid(alpha=0.3)
+    axes.legend()

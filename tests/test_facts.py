@@ -1,0 +1,69 @@
+"""Frozen facts: what a row says is what was drawn once; and the studies of small runs, whole but small."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from layers.engram import Engram
+from layers.linear import LinearAttention
+from models.lm import LM, Stage
+from probes import engram_study, mixture_study
+from probes.small_runs import Ledger
+from probes.tasks.facts import Facts
+from training.data import NOT_ASKED, DataError
+
+
+def test_the_label_is_the_fact():
+    data = Facts(T=24, B=8, vocab=5, rows=10).build()
+    batches = [data.batch(seed, step) for seed, step in ((0, 0), (1, 5))] + list(data.held_out())
+    known: dict[tuple[int, int], int] = {}
+    for batch in batches:
+        for ids, labels in zip(batch.ids_BT.reshape(-1, 3), batch.labels_BT.reshape(-1, 3), strict=True):
+            assert known.setdefault((ids[0], ids[1]), ids[2]) == ids[2] == labels[1]
+            assert labels[0] == labels[2] == NOT_ASKED
+    assert len(known) == 25 and len(set(known.values())) > 2
+    assert [len(batch.ids_BT) for batch in batches[2:]] == [8, 2]
+    other = Facts(T=24, B=8, vocab=5, facts=1).build()
+    assert (other.facts_WW != data.facts_WW).any()
+    np.testing.assert_array_equal(data.batch(0, 2).ids_BT[2:4], data.batch(0, 2, slice(2, 4)).ids_BT)
+    assert (data.batch(0, 2).ids_BT != data.batch(0, 3).ids_BT).any()
+
+
+def test_what_cannot_be():
+    with pytest.raises(DataError, match="Facts.T is 10"):
+        Facts(T=10)
+    with pytest.raises(DataError, match="Facts.vocab is 1"):
+        Facts(vocab=1)
+
+
+def test_studies_are_written_and_go_on(tmp_path, monkeypatch):
+    """What is in the ledger is not trained again; a picture and a table are made of it."""
+    console = Console(quiet=True)
+    small = LM(W=64, D=16, stages=(Stage((LinearAttention(H=1, K=4),)),))
+    looked_up = LM(W=64, D=16, stages=(*small.stages, Stage((Engram(W=64, H=1, K=4, rows=50),))))
+    monkeypatch.setattr(engram_study, "models", lambda: {"without": small, "Engram": looked_up})
+    monkeypatch.setattr(engram_study, "TABLE", "1.0.0")
+    ledger = Ledger(tmp_path / "study.jsonl")
+    engram_study.study(ledger, 2, 1, console)
+    again = Ledger(tmp_path / "study.jsonl")
+    assert again.rows == ledger.rows and [row["name"] for row in again.rows] == ["without", "Engram"]
+    assert all(0 <= row["accuracy"] <= 1 for row in again.rows) and "off" in again.rows[1]
+    monkeypatch.setattr(engram_study, "SmallRun", None)
+    engram_study.study(again, 2, 1, console)
+    engram_study.report(again, tmp_path, 2, 1)
+    assert (tmp_path / "facts.png").stat().st_size > 10_000
+    assert len((tmp_path / "study.md").read_text().splitlines()) == 2 + 3
+
+
+def test_a_mixture_study_is_read_from_its_ledger(tmp_path, monkeypatch):
+    path = tmp_path / "study.jsonl"
+    key = {"seed": 0, "steps": 3, "loss": 1.0}
+    rows = [key | {"name": name, "pairs": n, "accuracy": 0.5} for name in mixture_study.MIXERS for n in (4, 8, 16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(mixture_study, "SmallRun", None)
+    mixture_study.study(Ledger(path), 3, 1, Console(quiet=True))
+    mixture_study.report(Ledger(path), tmp_path, 3, 1)
+    table = (tmp_path / "study.md").read_text()
+    assert "| one large | 512 | 8 | 0.500 | 0.000 |" in table and "| mixture | 512 | 8 |" in table
