@@ -125,7 +125,7 @@ class AttentionLayer(Layer):
         q_BTHK, (k_BTGK, v_BTGV) = self._query(x_BTD, tokens.pos_BT), self._key_value(x_BTD, tokens.pos_BT)
         attend = functools.partial(self._attend, x_BTD)
         if state is None:
-            time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
+            time_BT, since_BT = number(tokens.pos_BT, 0, 0)
             y_BTHV = attend(
                 q_BTHK,
                 k_BTGK,
@@ -136,13 +136,13 @@ class AttentionLayer(Layer):
                 window=self.config.window,
             )
         else:
-            y_BTHV, state = _remember(attend, q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)
+            y_BTHV, state = remember(attend, q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)
         return Out(self._write(y_BTHV, x_BTD), state)
 
     def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
         x_BND = take(x_BTD, at_BN)
         k_BTGK, v_BTGV = self._key_value(x_BTD, tokens.pos_BT)
-        time_BT, since_BT = _number(tokens.pos_BT, 0, 0)
+        time_BT, since_BT = number(tokens.pos_BT, 0, 0)
         y_BNHV = self._attend(
             x_BND,
             self._query(x_BND, take(tokens.pos_BT, at_BN)),
@@ -182,7 +182,7 @@ class AttentionLayer(Layer):
         return self.out(y_BTHV)
 
 
-def _number(pos_BT: Array, time_B1: Array | int, start_B1: Array | int) -> tuple[Array, Array]:
+def number(pos_BT: Array, time_B1: Array | int, start_B1: Array | int) -> tuple[Array, Array]:
     """Numbers of the tokens (-1 for padding) and, for each, the number of the first token of its document."""
     valid_BT = pos_BT >= 0
     time_BT = jnp.where(valid_BT, jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1 + time_B1, -1)
@@ -190,7 +190,7 @@ def _number(pos_BT: Array, time_B1: Array | int, start_B1: Array | int) -> tuple
     return time_BT, since_BT
 
 
-def _remember(
+def remember(
     attend: Callable[..., Array],
     q_BTHK: Array,
     k_BTGK: Array,
@@ -205,7 +205,7 @@ def _remember(
     bounded = S == window
     if not bounded and T > S:
         raise ValueError(f"Attention reads a piece of {T} tokens into a state for {S}: say a larger T to init_state")
-    time_BT, since_BT = _number(pos_BT, state.time_B[:, None], state.start_B[:, None])
+    time_BT, since_BT = number(pos_BT, state.time_B[:, None], state.start_B[:, None])
     end_B = state.time_B + jnp.sum(pos_BT >= 0, axis=1, dtype=jnp.int32)
     # Rounded to the cache before use: the same numbers whether a key is read now or in a later piece.
     k_BGTK = k_BTGK.astype(state.keys_BGSK.dtype).swapaxes(1, 2)
