@@ -1,7 +1,8 @@
 """Every law over every example of every layer that exists. Nothing is listed and nobody opts out.
 
-`make test` judges one example of each layer's code; `make test-slow` has the rest: other examples, the costliest laws
-of layers that are made of layers, 4,096 tokens.
+`make test` judges one example of each layer's code; of layers that are made of layers it asks whether any cut of time
+gives the same, which says that they are causal too. `make test-slow` has the rest: other examples, all laws of layers
+made of layers, 4,096 tokens.
 """
 
 import dataclasses
@@ -16,14 +17,7 @@ import layers
 from layers.layer import LayerConfig
 
 COMPILES_NOTHING = {"state_keeps_its_shape"}
-COMPILES_ITS_OWN = {  # programs that no other law needs
-    "finite_gradients",
-    "bfloat16_stays_close",
-    "implementations_agree",
-    "transforms_change_nothing",
-    "a_mesh_changes_nothing",
-    "a_place_reads_as_in_the_whole",
-}
+OF_COMPOSITES = {"any_cut_of_time"}
 
 
 def name(config: LayerConfig) -> str:
@@ -44,7 +38,7 @@ def examples() -> Iterator[Any]:
             known.add(cls.build)
             made_of_layers = any(isinstance(value, LayerConfig) for _, value in fields(config))
             for law in laws.LAWS:
-                now = law in COMPILES_NOTHING or (first and not (made_of_layers and law in COMPILES_ITS_OWN))
+                now = law in COMPILES_NOTHING or (first and (law in OF_COMPOSITES or not made_of_layers))
                 # One worker judges all laws of one example: the compiled functions are shared.
                 marks = [pytest.mark.xdist_group(name(config)), *([] if now else [pytest.mark.slow])]
                 yield pytest.param(config, law, id=f"{name(config)}-{law}", marks=marks)
