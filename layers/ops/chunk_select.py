@@ -1,0 +1,372 @@
+"""Attention to the few chunks of a text whose summaries answer a query best.
+
+    score_tn = ask_t . summary_n / sqrt(F)        S_t = the `top` best of the chunks that t may read
+    product:  y_t = sum over n in S_t of softmax_S(score_t)_n · attention(q_t; chunk n)
+    union:    y_t = attention(q_t; what lies near t, and all chunks of S_t), under one softmax
+    gated:    attention over the summaries of all readable chunks, over the chunks of S_t, and over what lies near
+
+product is hierarchical chunk attention (Lampinen et al. 2021, arXiv 2105.14039), union is mixture of block attention
+(Lu et al. 2025, arXiv 2502.13189), gated has the branches of native sparse attention (Yuan et al. 2025, 2502.11089).
+
+N chunks of C slots lie one after the other, numbered as they were completed; a token may read those from `from` up to
+`upto`. Two schedules: "naive" is the definition, with a score for each slot of each chunk. "chunked" fetches the chunks
+that a query chose, a block of queries after the other, and computes a block again in its backward pass.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from layers.ops.precision import HIGHEST, wide
+
+FETCHED = 2**22  # numbers that a block of queries fetches, about: 16 MB
+LONGEST = 128  # queries in a block
+DENSE = 2**19  # queries times slots up to which the definition is the faster form
+
+
+class Counts(NamedTuple):
+    """What has been laid of a row, int32: held_B tokens of an unfinished chunk, count_B complete chunks, of which the
+    first from_B are of earlier documents."""
+
+    held_B: Array
+    count_B: Array
+    from_B: Array
+
+
+class Places(NamedTuple):
+    """Where the tokens of a piece stand, int32 [B, T].
+
+    time: number in the piece, padding not counted; -1 for padding. start: that of its document's first token, below 0
+    where that came in an earlier piece. slot: in its chunk. lies: slot in the row, whose unfinished chunk gives way to
+    the next document; S for tokens that gave way in this piece, and padding. from_, upto: chunks that it may read.
+    """
+
+    time_BT: Array
+    start_BT: Array
+    slot_BT: Array
+    lies_BT: Array
+    from_BT: Array
+    upto_BT: Array
+
+
+class Near(NamedTuple):
+    """Keys and values in order of time, and for each query the first and the last that it sees; none if last < first.
+
+    The last ones of a block of queries follow one another.
+    """
+
+    k_BHSK: Array
+    v_BHSV: Array
+    first_BT: Array
+    last_BT: Array
+
+
+class Read(NamedTuple):
+    """What was read, [B, T, H, V]: `selected` of the chosen chunks, and under union of what lies near; the others, or
+    None where there is no such branch."""
+
+    selected: Array
+    near: Array | None
+    compressed: Array | None
+
+
+def places(pos_BT: Array, C: int, S: int, before: Counts) -> tuple[Places, Counts, Array]:
+    """Of the tokens of a piece, in chunks that begin with their document; what is laid then; and whether the chunk that
+    was unfinished before still lies there, bool [B].
+
+    Chunks count the tokens of a document that were read: pos tells where documents begin, and what is padding.
+    """
+    valid_BT = pos_BT >= 0
+    begins_BT = pos_BT == 0
+    number_BT = jnp.cumsum(valid_BT, 1, dtype=jnp.int32)
+    end_B1, time_BT = number_BT[:, -1:], jnp.where(valid_BT, number_BT - 1, -1)
+    held_B1, count_B1, from_B1 = (a[:, None] for a in before)
+    origin_BT = lax.cummax(jnp.where(begins_BT, time_BT, -held_B1), axis=1)  # where its document's chunks are counted
+    place_BT = jnp.maximum(time_BT - origin_BT, 0)
+    slot_BT = place_BT % C
+    done_BT = (valid_BT & (slot_BT == C - 1)).astype(jnp.int32)
+    upto_BT = count_B1 + jnp.cumsum(done_BT, 1, dtype=jnp.int32) - done_BT
+    from_BT = lax.cummax(jnp.where(begins_BT, upto_BT, from_B1), axis=1)
+    start_BT = lax.cummax(jnp.where(begins_BT, time_BT, (from_B1 - count_B1) * C - held_B1), axis=1)
+
+    # A chunk stays if its document goes on until it is complete, or to the end of the piece.
+    next_BT = lax.cummin(jnp.where(begins_BT, time_BT, end_B1), axis=1, reverse=True)
+    after_BT = jnp.concatenate([next_BT[:, 1:], end_B1], 1)
+    stays_BT = valid_BT & ((time_BT - slot_BT + C <= after_BT) | (after_BT == end_B1))
+    lies_BT = jnp.where(stays_BT, upto_BT * C + slot_BT, S)
+    at = Places(time_BT, start_BT, slot_BT, lies_BT, jnp.where(valid_BT, from_BT, 0), jnp.where(valid_BT, upto_BT, 0))
+
+    stayed_B = (C - held_B1 <= next_BT[:, :1]) | (next_BT[:, :1] == end_B1)
+    after = Counts(
+        (end_B1 - origin_BT[:, -1:])[:, 0] % C, before.count_B + jnp.sum(done_BT, 1, dtype=jnp.int32), from_BT[:, -1]
+    )
+    return at, after, stayed_B[:, 0]
+
+
+def by_id(id_BT: Array, C: int, N: int) -> tuple[Array, Array, Array]:
+    """Chunks told from outside, such as speakers or documents: id_BT in 0 .. N - 1, or negative for no chunk.
+
+    Returns lies_BT, the slot of each token (N C for none: a chunk holds its first C tokens), size_BN, and upto_BT. A
+    chunk is complete after the last token of its id in the row; chunks are numbered as they are completed.
+    """
+    T, n_N = id_BT.shape[1], jnp.arange(N, dtype=jnp.int32)
+    t_1T1 = jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    of_BTN = id_BT[..., None] == n_N[None, None]
+    rank_BTN = jnp.cumsum(of_BTN, 1, dtype=jnp.int32)
+    last_BN = jnp.max(jnp.where(of_BTN, t_1T1, -1), 1)
+    done_BN = jnp.where(last_BN < 0, T, last_BN)  # ids that never come are behind all others
+    other, own = done_BN[:, None, :], done_BN[:, :, None]
+    earlier_BNN = (other < own) | ((other == own) & (n_N[None, None] < n_N[None, :, None]))
+    number_BN = jnp.sum(earlier_BNN, -1, dtype=jnp.int32)
+    slot_BT = jnp.sum(jnp.where(of_BTN, rank_BTN - 1, 0), -1, dtype=jnp.int32)
+    chunk_BT = jnp.sum(jnp.where(of_BTN, number_BN[:, None], 0), -1, dtype=jnp.int32)
+    lies_BT = jnp.where((id_BT >= 0) & (slot_BT < C), chunk_BT * C + slot_BT, N * C)
+    takes_BNN = number_BN[:, :, None] == n_N[None, None]
+    size_BN = jnp.sum(jnp.where(takes_BNN, jnp.minimum(rank_BTN[:, -1], C)[..., None], 0), 1, dtype=jnp.int32)
+    upto_BT = jnp.sum(done_BN[:, None] < t_1T1, -1, dtype=jnp.int32)
+    return lies_BT, size_BN, upto_BT
+
+
+def lay(rows_BS: Array, lies_BT: Array, new_BT: Array) -> Array:
+    """[B, S, ...] with the new tokens [B, T, ...] in their slots; those of slot S are dropped."""
+    if lies_BT.shape[1] == 1:
+        # As in layers.attention: with a second write, to no slot, XLA on CPU leaves the cache in place.
+        lies_BT = jnp.pad(lies_BT, ((0, 0), (0, 1)), constant_values=rows_BS.shape[1])
+        new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
+    new_BT = new_BT.astype(rows_BS.dtype)
+    return jax.vmap(lambda rows, lies, new: rows.at[lies].set(new, mode="drop"))(rows_BS, lies_BT, new_BT)
+
+
+def chunk_attention(
+    q_BTHK: Array,
+    k_BHSK: Array,
+    v_BHSV: Array,
+    ask_BTGF: Array,
+    summary_BNGF: Array,
+    from_BT: Array,
+    upto_BT: Array,
+    *,
+    chunk: int,
+    top: int,
+    weight: str = "product",
+    near: Near | None = None,
+    reach: int = 1,
+    content_BNHV: Array | None = None,
+    size_BN: Array | None = None,
+    block: int | None = None,
+    implementation: str = "auto",
+) -> Read:
+    """Reads in the dtype of q: zero where there is nothing to read.
+
+    k_BHSK, v_BHSV: chunk n lies in slots n C .. n C + C - 1; S >= N C. Their dtype may be that of a cache.
+    ask_BTGF, summary_BNGF: what chunks are chosen by, in float32 or float64: G = 1 for all heads as one, or H.
+    from_BT, upto_BT: int32, the chunks that a query may read are from .. upto - 1.
+    near, reach: what else a query sees, and how many at most; under a softmax of its own but for union.
+    content_BNHV: values of the summaries, for gated, which reads them by the scores that choose.
+    size_BN: tokens of each chunk, which fill its first slots; None = C.
+    block: queries at a time of "chunked". implementation: "naive" | "chunked" | "auto".
+
+    Of equal scores the first chunk is chosen. Softmaxes and sums are float32 (float64 for float64 inputs). The choice
+    has no gradient, so that ask and summary have none under union.
+    """
+    (B, T, H, K), (S, V), (N, G) = q_BTHK.shape, v_BHSV.shape[2:], summary_BNGF.shape[1:3]
+    if G not in (1, H) or S < N * chunk or N < 1:
+        raise ValueError(f"chunk_attention: {N} chunks of {chunk} in {S} slots, {G} scores for {H} heads: do not fit")
+    if (weight != "product" and near is None) or (weight == "gated" and content_BNHV is None):
+        raise ValueError(f"chunk_attention: {weight} asks for `near`, and gated for `content_BNHV`")
+    if implementation == "auto":
+        implementation = "naive" if 1 < T and T * N * chunk <= DENSE else "chunked"
+    if implementation not in ("naive", "chunked"):
+        raise ValueError(f"chunk_attention: implementation is {implementation!r}, not naive, chunked or auto")
+    if size_BN is None:
+        size_BN = jnp.full((B, N), chunk, jnp.int32)
+    beside = None if near is None else (near.k_BHSK, near.v_BHSV)
+    text = _Text(k_BHSK, v_BHSV, summary_BNGF, size_BN, beside, content_BNHV)
+    nothing_BT = jnp.full((B, T), -1, jnp.int32)
+    sight = (nothing_BT, nothing_BT) if near is None else (near.first_BT, near.last_BT)
+    asked = _Asked(q_BTHK, ask_BTGF, from_BT, upto_BT, *sight)
+    how = _How(chunk, min(top, N), weight, reach, implementation == "naive")
+    if block is None:
+        block = min(max(FETCHED // (B * how.top * chunk * H * (K + V)), 1), LONGEST)
+    if how.dense or block >= T:
+        return _read(text, asked, how)
+    turns = -(-T // block)
+
+    def cut(a: Array, fill: int) -> Array:
+        a = jnp.pad(a, ((0, 0), (0, turns * block - T), *[(0, 0)] * (a.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(a.reshape(B, turns, block, *a.shape[2:]), 1, 0)
+
+    # Queries that fill up the last block see nothing.
+    parts = jax.tree.map(cut, asked, _Asked(0, 0, 0, 0, -1, -1))
+    again = jax.checkpoint(lambda text, part: _read(text, part, how), prevent_cse=False)
+    _, out = lax.scan(lambda _, part: (None, again(text, part)), None, parts)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, turns * block, *a.shape[3:])[:, :T], out)
+
+
+class _How(NamedTuple):
+    chunk: int
+    top: int
+    weight: str
+    reach: int
+    dense: bool
+
+
+class _Text(NamedTuple):
+    k_BHSK: Array
+    v_BHSV: Array
+    summary_BNGF: Array
+    size_BN: Array
+    near: tuple[Array, Array] | None
+    content_BNHV: Array | None
+
+
+class _Asked(NamedTuple):
+    q_BTHK: Any
+    ask_BTGF: Any
+    from_BT: Any
+    upto_BT: Any
+    first_BT: Any
+    last_BT: Any
+
+
+class _Found(NamedTuple):
+    """Scores of some slots of the text, which of them a query sees, and an average of their values by weights."""
+
+    s_BHTS: Array
+    seen_BGTS: Array
+    average: Callable[[Array], Array]
+
+
+def _read(text: _Text, asked: _Asked, how: _How) -> Read:
+    """What some queries read."""
+    q_BHTK, kind = asked.q_BTHK.swapaxes(1, 2), wide(asked.q_BTHK)
+    score_BGTN = jnp.einsum("btgf,bngf->bgtn", asked.ask_BTGF, text.summary_BNGF, precision=HIGHEST)
+    score_BGTN = score_BGTN.astype(kind) * asked.ask_BTGF.shape[-1] ** -0.5
+    n_111N = jnp.arange(score_BGTN.shape[-1], dtype=jnp.int32)[None, None, None]
+    from_B1T1, upto_B1T1 = (a[:, None, :, None] for a in (asked.from_BT, asked.upto_BT))
+    readable_B1TN = (from_B1T1 <= n_111N) & (n_111N < upto_B1T1)
+    chosen = best(score_BGTN, readable_B1TN, how.top)
+    found, worth_BGTN, live_BGTN = (_all if how.dense else _fetched)(text, q_BHTK, score_BGTN, chosen, how.chunk)
+    near = None if text.near is None else _near(*text.near, q_BHTK, asked, how)
+
+    beside = compressed = None
+    if how.weight == "union":
+        assert near is not None
+        far, G = found.s_BHTS.shape[-1], found.seen_BGTS.shape[1]
+        near_seen_BGTS = jnp.broadcast_to(near.seen_BGTS, (len(q_BHTK), G, *near.seen_BGTS.shape[2:]))
+        seen_BGTS = jnp.concatenate([found.seen_BGTS, near_seen_BGTS], -1)
+        p_BHTS = softmax(jnp.concatenate([found.s_BHTS, near.s_BHTS], -1), seen_BGTS)
+        y_BHTV = found.average(p_BHTS[..., :far]) + near.average(p_BHTS[..., far:])
+    else:
+        if how.weight == "product":
+            s_BHTNC, seen_BGTNC = (a.reshape(*a.shape[:-1], -1, how.chunk) for a in found[:2])
+            p_BHTNC = softmax(s_BHTNC, seen_BGTNC) * softmax(worth_BGTN, live_BGTN)[..., None]
+            p_BHTS = p_BHTNC.reshape(found.s_BHTS.shape)
+        else:
+            p_BHTS = softmax(found.s_BHTS, found.seen_BGTS)
+        y_BHTV = found.average(p_BHTS)
+        beside = None if near is None else near.average(softmax(near.s_BHTS, near.seen_BGTS))
+    if how.weight == "gated":
+        assert text.content_BNHV is not None
+        p_BHTN = softmax(score_BGTN, readable_B1TN).astype(text.content_BNHV.dtype)
+        compressed = jnp.einsum("bhtn,bnhv->bhtv", p_BHTN, text.content_BNHV, preferred_element_type=kind)
+
+    def out(y_BHTV: Array) -> Array:
+        return y_BHTV.swapaxes(1, 2).astype(q_BHTK.dtype)
+
+    return Read(out(y_BHTV), None if beside is None else out(beside), None if compressed is None else out(compressed))
+
+
+def _all(text: _Text, q_BHTK: Array, score_BGTN: Array, chosen: list[Array], C: int) -> tuple[_Found, Array, Array]:
+    """Every slot of every chunk, of which those of chosen chunks are seen."""
+    S = score_BGTN.shape[-1] * C
+    live_BGTN = functools.reduce(jnp.logical_or, chosen)
+    filled_B11NC = (jnp.arange(C, dtype=jnp.int32)[None, None] < text.size_BN[..., None])[:, None, None]
+    seen_BGTS = (live_BGTN[..., None] & filled_B11NC).reshape(*live_BGTN.shape[:3], S)
+    return _meet("bhs", q_BHTK, text.k_BHSK[:, :, :S], text.v_BHSV[:, :, :S], seen_BGTS), score_BGTN, live_BGTN
+
+
+def _fetched(text: _Text, q_BHTK: Array, score_BGTN: Array, chosen: list[Array], C: int) -> tuple[_Found, Array, Array]:
+    """The slots of chosen chunks alone."""
+    at_BGTN = jnp.stack([jnp.argmax(one, -1) for one in chosen], -1).astype(jnp.int32)
+    live_BGTN = jnp.stack([jnp.any(one, -1) for one in chosen], -1)
+    worth_BGTN, size_BGTN = (
+        jnp.stack([jnp.sum(jnp.where(one, a, 0), -1, dtype=a.dtype) for one in chosen], -1)
+        for a in (score_BGTN, text.size_BN[:, None, None])
+    )
+    filled_BGTNC = jnp.arange(C, dtype=jnp.int32)[None, None, None, None] < size_BGTN[..., None]
+    seen_BGTS = (live_BGTN[..., None] & filled_BGTNC).reshape(*live_BGTN.shape[:3], -1)
+    k_BHTSK, v_BHTSV = fetch(text.k_BHSK, at_BGTN, C), fetch(text.v_BHSV, at_BGTN, C)
+    return _meet("bhts", q_BHTK, k_BHTSK, v_BHTSV, seen_BGTS), worth_BGTN, live_BGTN
+
+
+def _near(k_BHSK: Array, v_BHSV: Array, q_BHTK: Array, asked: _Asked, how: _How) -> _Found:
+    """What lies near, or the band of it that a block of queries sees."""
+    (B, _, S, _), T, last_BT = k_BHSK.shape, q_BHTK.shape[2], asked.last_BT
+    band, begin_B = S, jnp.zeros(B, jnp.int32)
+    if not how.dense and how.reach + T - 1 < S:
+        band = how.reach + T - 1
+        begin_B = jnp.min(jnp.where(last_BT < 0, S, last_BT), 1) - (how.reach - 1)
+        begin_B = jnp.clip(begin_B, 0, S - band)
+        cut = jax.vmap(lambda a, i: lax.dynamic_slice_in_dim(a, i, band, 1))
+        k_BHSK, v_BHSV = cut(k_BHSK, begin_B), cut(v_BHSV, begin_B)
+    index_B1S = (begin_B[:, None] + jnp.arange(band, dtype=jnp.int32)[None])[:, None]
+    seen_BTS = (asked.first_BT[..., None] <= index_B1S) & (index_B1S <= last_BT[..., None])
+    return _meet("bhs", q_BHTK, k_BHSK, v_BHSV, seen_BTS[:, None])
+
+
+def _meet(axes: str, q_BHTK: Array, k: Array, v: Array, seen_BGTS: Array) -> _Found:
+    """axes: of keys and values, but for the last."""
+    kind = wide(q_BHTK)
+    dtype = q_BHTK.dtype if q_BHTK.dtype == k.dtype == v.dtype else wide(q_BHTK, k, v)  # a cache may have another
+    q, k, v = (a.astype(dtype) for a in (q_BHTK, k, v))
+    s_BHTS = jnp.einsum(f"bhtk,{axes}k->bhts", q, k, preferred_element_type=kind) * q.shape[-1] ** -0.5
+
+    def average(p_BHTS: Array) -> Array:
+        return jnp.einsum(f"bhts,{axes}v->bhtv", p_BHTS.astype(dtype), v, preferred_element_type=kind)
+
+    return _Found(s_BHTS, seen_BGTS, average)
+
+
+def best(score: Array, readable: Array, top: int) -> list[Array]:
+    """The `top` best readable chunks, one after the other: each bool [..., N], true at one n, or nowhere if too few.
+
+    One maximum after the other: lax.top_k sorts, and a mesh would gather all rows to do so.
+    """
+    rest = jnp.where(readable, lax.stop_gradient(score), -jnp.inf)
+    n = jnp.arange(score.shape[-1], dtype=jnp.int32).reshape((1,) * (score.ndim - 1) + (-1,))
+    chosen = []
+    for _ in range(top):
+        first = jnp.argmax(rest, -1, keepdims=True).astype(jnp.int32)
+        one = (n == first) & (rest > -jnp.inf)
+        rest = jnp.where(one, -jnp.inf, rest)
+        chosen.append(one)
+    return chosen
+
+
+def fetch(a_BHSK: Array, at_BGTN: Array, C: int) -> Array:
+    """The chunks of numbers `at`, one after the other: [B, H, T, N C, K]."""
+
+    def one(a_SK: Array, n: Array) -> Array:
+        return lax.dynamic_slice_in_dim(a_SK, n * C, C)
+
+    (B, H, _, K), (_, _, T, N) = a_BHSK.shape, at_BGTN.shape
+    of_queries = jax.vmap(jax.vmap(one, (None, 0)), (None, 0))
+    found = jax.vmap(jax.vmap(of_queries))(a_BHSK, jnp.broadcast_to(at_BGTN, (B, H, T, N)))
+    return found.reshape(B, H, T, N * C, K)
+
+
+def softmax(s: Array, seen: Array) -> Array:
+    """Over the last axis, of what is seen (for all heads, or each); zero where nothing is.
+
+    The gradient is finite whatever is not seen.
+    """
+    top = lax.stop_gradient(jnp.max(jnp.where(seen, s, -jnp.inf), -1, keepdims=True))
+    top = jnp.where(top > -jnp.inf, top, 0)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, s - top, 0)), 0)
+    total = jnp.sum(p, -1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1)
