@@ -25,20 +25,19 @@ from probes.small_runs import Ledger, SmallRun, curves
 from probes.tasks.recall import Recall, Segment
 from training.experiment import AdamW, Schedule
 
-PAIRS, T, W = (4, 8, 16), 64, 128
+PAIRS, T, W = (2, 4, 8), 64, 128
 SMALL = GatedDeltaNet(H=2, K=8, V=8)
 MIXERS: dict[str, LayerConfig] = {
     "one small": SMALL,
     "one large": GatedDeltaNet(H=2, K=16, V=16),
     "mixture": MixtureOfMemories(SMALL, M=4, top=2, shared=False, balance=1e-2),
-    "mixture, one map": MixtureOfMemories(SMALL, M=4, top=2, shared=False, projections="one", balance=1e-2),
 }
 
 
 def data_of(pairs: tuple[int, ...]) -> Recall:
     train = tuple(Segment(T, n, 40_000) for n in pairs)
     return Recall(
-        T=T, B=64, vocab=W, train=train, test=tuple(Segment(T, n, 512) for n in pairs), filler="conflict_free"
+        T=T, B=128, vocab=W, train=train, test=tuple(Segment(T, n, 512) for n in pairs), filler="conflict_free"
     )
 
 
@@ -46,7 +45,7 @@ def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
     alone = {n: data_of((n,)).build() for n in PAIRS}
     for name, mixer in MIXERS.items():
         model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
-        optimizer = AdamW(lr=5e-3, schedule=Schedule(warmup=20, shape="cosine", final=0.0))
+        optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
         run, asked = None, {}
         for seed in range(seeds):
             if ledger.has(name=name, seed=seed, steps=steps, pairs=PAIRS[-1]):
@@ -88,7 +87,7 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("results/mixture"))
-    parser.add_argument("--steps", type=int, default=600, help="of training, 64 rows of 64 tokens each (default 600)")
+    parser.add_argument("--steps", type=int, default=400, help="of training, 128 rows of 64 tokens each (default 400)")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     ledger = Ledger(options.folder / "study.jsonl")

@@ -9,8 +9,9 @@ from rich.console import Console
 from layers.engram import Engram
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
-from probes import engram_study, mixture_study
+from probes import dances_study, engram_study, mixture_study
 from probes.small_runs import Ledger
+from probes.tasks.dances import Dances
 from probes.tasks.facts import Facts
 from training.data import NOT_ASKED, DataError
 
@@ -60,10 +61,46 @@ def test_studies_are_written_and_go_on(tmp_path, monkeypatch):
 def test_a_mixture_study_is_read_from_its_ledger(tmp_path, monkeypatch):
     path = tmp_path / "study.jsonl"
     key = {"seed": 0, "steps": 3, "loss": 1.0}
-    rows = [key | {"name": name, "pairs": n, "accuracy": 0.5} for name in mixture_study.MIXERS for n in (4, 8, 16)]
+    names, pairs = mixture_study.MIXERS, mixture_study.PAIRS
+    rows = [key | {"name": name, "pairs": n, "accuracy": 0.5} for name in names for n in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(mixture_study, "SmallRun", None)
     mixture_study.study(Ledger(path), 3, 1, Console(quiet=True))
     mixture_study.report(Ledger(path), tmp_path, 3, 1)
     table = (tmp_path / "study.md").read_text()
     assert "| one large | 512 | 8 | 0.500 | 0.000 |" in table and "| mixture | 512 | 8 |" in table
+
+
+def test_a_dance_is_said_again():
+    data = Dances(B=6, dances=3, moves=4, names=7, vocab=20, delays=(0, 5), tests=(0, 9), rows=7).build()
+    for batch, delay in ((data.batch(0, 0), 0), (data.batch(0, 3), 5), (list(data.held_out())[-1], 9)):
+        for ids, pos, labels in zip(batch.ids_BT, batch.pos_BT, batch.labels_BT, strict=True):
+            parts = ids[: 3 * (5 + delay)].reshape(3, -1)
+            assert len(set(parts[:, 0])) == 3 and (parts[:, 0] < 8).all() and (parts[:, 0] > 0).all()
+            assert (parts[:, 1:5] > 7).all() and not parts[:, 5:].any()
+            at = 3 * (5 + delay)
+            danced = parts[list(parts[:, 0]).index(ids[at]), 1:5]
+            np.testing.assert_array_equal(labels[at : at + 4], danced)
+            np.testing.assert_array_equal(ids[at + 1 : at + 4], danced[:-1])
+            assert (np.delete(labels, np.arange(at, at + 4)) == NOT_ASKED).all()
+            np.testing.assert_array_equal(pos, np.where(np.arange(len(pos)) < at + 4, np.arange(len(pos)), -1))
+    assert [len(batch.ids_BT) for batch in data.held_out()] == [6, 1, 6, 1]
+    with pytest.raises(DataError, match="Dances.T is 9: the longest delay needs 140"):
+        Dances(T=9, tests=(24,))
+    with pytest.raises(DataError, match="Dances.names is 3"):
+        Dances(names=3)
+
+
+def test_a_dances_study_is_read_from_its_ledger(tmp_path, monkeypatch):
+    path = tmp_path / "study.jsonl"
+    key = {"seed": 0, "steps": 3, "loss": 1.0}
+    rows = [
+        key | {"name": name, "delay": delay, "accuracy": 0.5}
+        for name in dances_study.MIXERS
+        for delay in dances_study.DELAYS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(dances_study, "SmallRun", None)
+    dances_study.study(Ledger(path), 3, 1, Console(quiet=True))
+    dances_study.report(Ledger(path), tmp_path, 3, 1)
+    assert "| Gated DeltaNet | 32 | 0.500 | 0.000 |" in (tmp_path / "study.md").read_text()
