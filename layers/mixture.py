@@ -21,7 +21,7 @@ from layers.gla import GLA
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.linear import LinearAttention
 from layers.ops.chunk_loop import over_chunks
-from layers.ops.precision import wide
+from layers.ops.precision import HIGHEST, wide
 from layers.ops.routing import by_memory, collect, largest, places, spread, stream
 from layers.recurrent import Maps, Recurrent
 
@@ -105,7 +105,9 @@ class MixtureLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: MixtureState | None = None) -> Out:
         c, pos, dtype = self.config, tokens.pos_BT, wide(x_BTD)
-        p_BTM = jax.nn.softmax(self.router(x_BTD.astype(dtype)), -1)
+        # In full float32 wherever it runs: rounded otherwise, a token would go elsewhere when it is decoded.
+        router_DM = self.router.w[...].astype(dtype)
+        p_BTM = jax.nn.softmax(jnp.einsum("BTD,DM->BTM", x_BTD.astype(dtype), router_DM, precision=HIGHEST), -1)
         chosen_BTkM = largest(p_BTM, c.top)
         weight_BTk = jnp.sum(jnp.where(chosen_BTkM > 0, p_BTM[:, :, None], 0), -1)
         # Of one alone it is 1, and has no slope.
@@ -114,7 +116,7 @@ class MixtureLayer(Layer):
         before = jnp.zeros_like(routed_BTkM[:, 0, 0]) if state is None else state.count_BM
         place_BTM, count_BM = places(routed_BTkM, pos, before)
 
-        q = self.query(x_BTD)
+        q = self.base.query(x_BTD)
         memories = None if state is None else state.memories
         if c.implementation != "naive" and state is None:
             y_BTHV = self._stream(q, x_BTD, weight_BTk, routed_BTkM, place_BTM)
@@ -122,7 +124,7 @@ class MixtureLayer(Layer):
             y_BTHV, memories = self._token(q, x_BTD, weight_BTk, chosen_BTkM, place_BTM, memories)
         else:
             weight_BTM = jnp.einsum("BTk,BTkM->BTM", weight_BTk, routed_BTkM.astype(dtype))
-            run = self._dense if c.implementation == "naive" or state is None else self._compact
+            run = self._dense if c.implementation == "naive" else self._compact
             y_BTMHV, memories = run(q, x_BTD, place_BTM, memories)
             y_BTHV = jnp.einsum("BTM,BTMHV->BTHV", weight_BTM, y_BTMHV.astype(dtype))
             y_BTHV = y_BTHV.astype(x_BTD.dtype)
@@ -135,9 +137,6 @@ class MixtureLayer(Layer):
         aux = aux | self._said(p_BTM, routed_BTkM, pos)
         after = None if state is None else MixtureState(memories, count_BM, shared)
         return Out(self.base.finish(y_BTHV, x_BTD), after, aux)
-
-    def query(self, x_BTD: Array) -> Array:
-        return self.base.query(x_BTD)
 
     def _said(self, p_BTM: Array, routed_BTkM: Array, pos_BT: Array) -> dict[str, Array]:
         """The balance loss, and how the router spreads tokens.
