@@ -9,7 +9,7 @@ from rich.console import Console
 from layers.engram import Engram
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
-from probes import dances_study, engram_study, mixture_study
+from probes import engram_study, mixture_study
 from probes.small_runs import Ledger
 from probes.tasks.dances import Dances
 from probes.tasks.facts import Facts
@@ -89,18 +89,3 @@ def test_a_dance_is_said_again():
         Dances(T=9, tests=(24,))
     with pytest.raises(DataError, match="Dances.names is 3"):
         Dances(names=3)
-
-
-def test_a_dances_study_is_read_from_its_ledger(tmp_path, monkeypatch):
-    path = tmp_path / "study.jsonl"
-    key = {"seed": 0, "steps": 3, "loss": 1.0}
-    rows = [
-        key | {"name": name, "delay": delay, "accuracy": 0.5}
-        for name in dances_study.MIXERS
-        for delay in dances_study.DELAYS
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(dances_study, "SmallRun", None)
-    dances_study.study(Ledger(path), 3, 1, Console(quiet=True))
-    dances_study.report(Ledger(path), tmp_path, 3, 1)
-    assert "| Gated DeltaNet | 32 | 0.500 | 0.000 |" in (tmp_path / "study.md").read_text()
