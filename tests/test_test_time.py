@@ -15,7 +15,7 @@ from layers.ops.recurrence import recurrence
 from layers.ops.test_time import test_time_memory
 
 test_time_memory.__test__ = False  # it is no test
-FAST = ("mlp", "l2"), ("swiglu", "l2"), ("deep", "dot")
+FAST = ("mlp", "l2"), ("swiglu", "l2"), ("deep", "dot"), ("linear", "huber_norm"), ("linear", "lp")
 judging = pytest.mark.xdist_group("judging")  # one worker: the small programs of their operations are shared
 
 
@@ -23,8 +23,8 @@ judging = pytest.mark.xdist_group("judging")  # one worker: the small programs o
 @pytest.mark.parametrize(
     ("network", "slope"),
     [
-        # Each network and each bias in every run, each pair in `make test-slow`.
-        pytest.param(n, s, marks=[] if n == "linear" or (n, s) in FAST else pytest.mark.slow)
+        # Each network and each kind of bias in every run, each pair in `make test-slow`.
+        pytest.param(n, s, marks=[] if (n, s) in FAST else pytest.mark.slow)
         for n in NETWORKS
         for s in SLOPES
     ],
@@ -38,8 +38,8 @@ def test_a_chunk_is_its_tokens(float64, network, slope):
 @pytest.mark.parametrize(
     "options",
     [
-        {"momentum": False},
-        {"keep": False},
+        pytest.param({"momentum": False}, marks=pytest.mark.slow),
+        pytest.param({"keep": False}, marks=pytest.mark.slow),
         {"momentum": False, "keep": False},
         {"width": "outputs"},
         {"read": "pre"},
@@ -52,8 +52,15 @@ def test_every_learner(float64, options):
 
 
 @judging
-@pytest.mark.parametrize("step", [None, fw.newton_schulz], ids=["plain", "orthogonal"])
-@pytest.mark.parametrize("retention", [None, *RETENTIONS])
+@pytest.mark.parametrize(
+    ("retention", "step"),
+    [
+        # Each retention and each step in every run, each pair in `make test-slow`.
+        pytest.param(r, s, marks=pytest.mark.slow if r and s else [], id=f"{r}-{'orthogonal' if s else 'plain'}")
+        for r in (None, *RETENTIONS)
+        for s in (None, fw.newton_schulz)
+    ],
+)
 def test_every_retention(float64, retention, step):
     judge([materialised], 1e-8, retention is None or step is None, retention=RETENTIONS.get(retention), step=step)
 
