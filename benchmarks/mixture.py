@@ -1,6 +1,6 @@
 """What a mixture of memories costs beside one layer of its base, on the CPU.
 
-    python -m benchmarks.mixture                 writes results/mixture/bench.md (about two minutes)
+    python -m benchmarks.mixture                 writes results/mixture/bench.md (about four minutes)
 
 A token is written to `top` of M memories and to the shared one, so that the recurrence's work is top + 1 times that of
 the base, whatever M is; query, output gate and output map are there once.
