@@ -12,12 +12,14 @@ BLOCK = (GatedDeltaNet(H=4), MLP())
 LAYERS = (1, 3)  # of the blocks, from 0
 
 
-def at(layer: int) -> Stage:
-    """An Engram, then the block."""
-    return Stage((Engram(layer=layer, layers=LAYERS, N=4, H=4, K=16, rows=1 << 13), *BLOCK))
+def engram(layer: int) -> Engram:
+    return Engram(layer=layer, layers=LAYERS, N=4, H=4, K=16, rows=1 << 13)
 
 
 config = laptop(__doc__, BLOCK[0], 4_349_536)
 config = dataclasses.replace(
-    config, model=dataclasses.replace(config.model, stages=(Stage(BLOCK), at(1), Stage(BLOCK), at(3)))
+    config,
+    model=dataclasses.replace(
+        config.model, stages=(Stage(BLOCK), Stage((engram(1), *BLOCK)), Stage(BLOCK), Stage((engram(3), *BLOCK)))
+    ),
 )

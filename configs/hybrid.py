@@ -2,23 +2,17 @@
 
 import dataclasses
 
-from configs.engram import LAYERS
+from configs.engram import engram
 from configs.titans_lmm import laptop
 from layers.attention import Attention
 from layers.chunk_attention import ChunkAttention
-from layers.engram import Engram
 from layers.gated_deltanet import GatedDeltaNet
-from layers.layer import LayerConfig
 from layers.mixture import MixtureOfMemories
 from layers.mlp import MLP
 from models.lm import Stage
 
 MIXTURE = MixtureOfMemories(GatedDeltaNet(H=4))
 FAR = ChunkAttention(H=4, chunk=16, top=4)  # reads nothing near: the window before it does
-
-
-def engram(layer: int) -> LayerConfig:
-    return Engram(layer=layer, layers=LAYERS, N=4, H=4, K=16, rows=1 << 13)
 
 
 config = laptop(__doc__, MIXTURE, 4_730_608)

@@ -85,6 +85,16 @@ class Attention(LayerConfig):
         )
 
 
+def empty_cache(B: int, G: int, S: int, K: int, dtype: jnp.dtype) -> AttentionState:
+    return AttentionState(
+        keys_BGSK=jnp.zeros((B, G, S, K), dtype),
+        values_BGSV=jnp.zeros((B, G, S, K), dtype),
+        key_time_BS=jnp.full((B, S), -1, jnp.int32),
+        time_B=jnp.zeros(B, jnp.int32),
+        start_B=jnp.zeros(B, jnp.int32),
+    )
+
+
 class AttentionLayer(Layer):
     def __init__(self, config: Attention, D: int, *, rngs: nnx.Rngs):
         H, G = config.H, config.G or config.H
@@ -112,14 +122,7 @@ class AttentionLayer(Layer):
         after the T-th reads NaN.
         """
         G, K, dtype = self.config.G or self.config.H, self.K, jnp.dtype(self.config.cache_dtype)
-        S = min(self.config.window or T, T)
-        return AttentionState(
-            keys_BGSK=jnp.zeros((B, G, S, K), dtype),
-            values_BGSV=jnp.zeros((B, G, S, K), dtype),
-            key_time_BS=jnp.full((B, S), -1, jnp.int32),
-            time_B=jnp.zeros(B, jnp.int32),
-            start_B=jnp.zeros(B, jnp.int32),
-        )
+        return empty_cache(B, G, min(self.config.window or T, T), K, dtype)
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: AttentionState | None = None) -> Out:
         q_BTHK, (k_BTGK, v_BTGV) = self._query(x_BTD, tokens.pos_BT), self._key_value(x_BTD, tokens.pos_BT)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from layers.attention import AttentionState, number, remember
+from layers.attention import AttentionState, empty_cache, number, remember
 from layers.heads import even, head_size
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.linear import EPSILON, hedgehog
@@ -106,14 +106,8 @@ class LizardLayer(Layer):
         self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> LizardState:
-        H, K, S = self.config.H, self.K, self.config.window
-        cache = AttentionState(
-            keys_BGSK=jnp.zeros((B, H, S, K), jnp.float32),
-            values_BGSV=jnp.zeros((B, H, S, K), jnp.float32),
-            key_time_BS=jnp.full((B, S), -1, jnp.int32),
-            time_B=jnp.zeros(B, jnp.int32),
-            start_B=jnp.zeros(B, jnp.int32),
-        )
+        H, K = self.config.H, self.K
+        cache = empty_cache(B, H, self.config.window, K, jnp.dtype(jnp.float32))
         return LizardState(cache, jnp.zeros((B, H, self.F, K + 1), jnp.float32))
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: LizardState | None = None) -> Out:

@@ -108,11 +108,11 @@ class MixtureLayer(Layer):
         # In full float32 wherever it runs: rounded otherwise, a token would go elsewhere when it is decoded.
         router_DM = self.router.w[...].astype(dtype)
         p_BTM = jax.nn.softmax(jnp.einsum("BTD,DM->BTM", x_BTD.astype(dtype), router_DM, precision=HIGHEST), -1)
-        chosen_BTkM = largest(p_BTM, c.top)
-        weight_BTk = jnp.sum(jnp.where(chosen_BTkM > 0, p_BTM[:, :, None], 0), -1)
+        chosen_BTkM = jnp.stack(largest(p_BTM, c.top), 2)
+        weight_BTk = jnp.sum(jnp.where(chosen_BTkM, p_BTM[:, :, None], 0), -1)
         # Of one alone it is 1, and has no slope.
         weight_BTk = weight_BTk / jnp.sum(weight_BTk, -1, keepdims=True) if c.top > 1 else jnp.ones_like(weight_BTk)
-        routed_BTkM = jnp.where((pos >= 0)[..., None, None], chosen_BTkM, 0)  # padding goes nowhere
+        routed_BTkM = (chosen_BTkM & (pos >= 0)[..., None, None]).astype(jnp.int32)  # padding goes nowhere
         before = jnp.zeros_like(routed_BTkM[:, 0, 0]) if state is None else state.count_BM
         place_BTM, count_BM = places(routed_BTkM, pos, before)
 

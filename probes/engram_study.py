@@ -8,7 +8,6 @@ width 64: `without`; the same with MLPs that have as many parameters more as the
 before the second block. At each point the Engram is also switched off. What is in study.jsonl is not trained again.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from layers.gated_conv import GatedConv
 from layers.mlp import MLP
 from models.lm import LM, Stage
 from models.parameters import flatten
-from probes.small_runs import Ledger, SmallRun, curves
+from probes.small_runs import Ledger, SmallRun, curves, door
 from probes.tasks.facts import Facts
 from training.experiment import AdamW, Schedule
 from training.summary import parameter_count
@@ -94,17 +93,5 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
     (folder / "study.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("results/engram"))
-    parser.add_argument("--steps", type=int, default=400, help="of training, 512 facts each (default 400)")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    ledger = Ledger(options.folder / "study.jsonl")
-    study(ledger, options.steps, options.seeds, Console())
-    report(ledger, options.folder, options.steps, options.seeds)
-    print(f"wrote {options.folder}/study.md, facts.png")
-
-
 if __name__ == "__main__":
-    main()
+    door(__doc__, study, report, Path("results/engram"))

@@ -8,7 +8,6 @@ state of four small ones. `mixture`: four small ones, two for a token, none shar
 token touches half. Everything is trained on all numbers of pairs at once. What is in study.jsonl is not trained again.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.layer import LayerConfig
 from layers.mixture import MixtureOfMemories
 from models.lm import LM, Stage
-from probes.small_runs import Ledger, SmallRun, curves
+from probes.small_runs import Ledger, SmallRun, curves, door
 from probes.tasks.recall import Recall, Segment
 from training.experiment import AdamW, Schedule
 
@@ -84,17 +83,5 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
     (folder / "study.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("results/mixture"))
-    parser.add_argument("--steps", type=int, default=400, help="of training, 128 rows of 64 tokens each (default 400)")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    ledger = Ledger(options.folder / "study.jsonl")
-    study(ledger, options.steps, options.seeds, Console())
-    report(ledger, options.folder, options.steps, options.seeds)
-    print(f"wrote {options.folder}/study.md, recall.png")
-
-
 if __name__ == "__main__":
-    main()
+    door(__doc__, study, report, Path("results/mixture"))

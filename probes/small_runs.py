@@ -1,7 +1,8 @@
 """Small models trained in a few lines, for studies: many of them, one after the other, each a program of its own."""
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 from layers.layer import Tokens
 from models.lm import LM, LanguageModel
@@ -69,6 +71,24 @@ class Ledger:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def door(
+    about: str,
+    study: Callable[[Ledger, int, int, Console], None],
+    report: Callable[[Ledger, Path, int, int], None],
+    folder: Path,
+) -> None:
+    """The command line of a study: what is not in its ledger is trained, and then the report is written."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=folder, help=f"where it is written (default {folder})")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
+    options = parser.parse_args()
+    ledger, console = Ledger(options.folder / "study.jsonl"), Console()
+    study(ledger, options.steps, options.seeds, console)
+    report(ledger, options.folder, options.steps, options.seeds)
+    console.print(f"wrote study.md and its picture in {options.folder}")
 
 
 def curves(axes: Any, rows: list[dict[str, Any]], x: str, y: str, names: list[str]) -> None:

@@ -137,8 +137,8 @@ def test_balance_and_load_by_hand():
     layer = MixtureOfMemories(GLA(H=2, K=6, V=8), M=3, top=1, balance=1.0).build(D, rngs=nnx.Rngs(0))
     p_BTM = jnp.asarray([[[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8]]])
     pos_BT = jnp.asarray([[0, 1, -1]])
-    chosen = jnp.where((pos_BT >= 0)[..., None, None], routing.largest(p_BTM, 1), 0)
-    said = layer._said(p_BTM, chosen, pos_BT)
+    chosen = jnp.stack(routing.largest(p_BTM, 1), 2) & (pos_BT >= 0)[..., None, None]
+    said = layer._said(p_BTM, chosen.astype(jnp.int32), pos_BT)
     assert said["loss/balance"] == pytest.approx(3 * (0.5 * 0.35 + 0.5 * 0.45))
     assert said["load"] == pytest.approx(1.5)
     log = np.log
@@ -154,7 +154,7 @@ def test_streams_hold_each_pair_once_in_order(sizes: tuple[int, int], T: int, se
     (M, top), rng = sizes, np.random.default_rng(seed)
     pos_BT = np.stack([pad(places(T, *rng.integers(0, T, 2)), (3, 4)), places(T)])
     p_BTM = rng.random((2, T, M)).round(1)  # with ties
-    chosen = np.asarray(routing.largest(jnp.asarray(p_BTM), top)) * (pos_BT >= 0)[..., None, None]
+    chosen = np.stack(routing.largest(jnp.asarray(p_BTM), top), 2) & (pos_BT >= 0)[..., None, None]
     count_BM = jnp.asarray(rng.integers(0, 5, (2, M)), jnp.int32)
     at = routing.places(jnp.asarray(chosen, jnp.int32), jnp.asarray(pos_BT, jnp.int32), count_BM)
     made = jax.tree.map(np.asarray, routing.stream(jnp.asarray(chosen, jnp.int32), at.place_BTM))

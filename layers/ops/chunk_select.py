@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from layers.ops.chunk_loop import write
 from layers.ops.precision import HIGHEST, wide
+from layers.ops.routing import largest
 
 FETCHED = 2**22  # numbers that a block of queries fetches, about: 16 MB
 LONGEST = 128  # queries in a block
@@ -137,8 +139,7 @@ def lay(rows_BS: Array, lies_BT: Array, new_BT: Array) -> Array:
         # As in layers.attention: with a second write, to no slot, XLA on CPU leaves the cache in place.
         lies_BT = jnp.pad(lies_BT, ((0, 0), (0, 1)), constant_values=rows_BS.shape[1])
         new_BT = jnp.pad(new_BT, ((0, 0), (0, 1), *[(0, 0)] * (new_BT.ndim - 2)))
-    new_BT = new_BT.astype(rows_BS.dtype)
-    return jax.vmap(lambda rows, lies, new: rows.at[lies].set(new, mode="drop"))(rows_BS, lies_BT, new_BT)
+    return write(rows_BS, lies_BT, new_BT.astype(rows_BS.dtype))
 
 
 def chunk_attention(
@@ -249,7 +250,7 @@ def _read(text: _Text, asked: _Asked, how: _How) -> Read:
     n_111N = jnp.arange(score_BGTN.shape[-1], dtype=jnp.int32)[None, None, None]
     from_B1T1, upto_B1T1 = (a[:, None, :, None] for a in (asked.from_BT, asked.upto_BT))
     readable_B1TN = (from_B1T1 <= n_111N) & (n_111N < upto_B1T1)
-    chosen = best(score_BGTN, readable_B1TN, how.top)
+    chosen = largest(score_BGTN, how.top, readable_B1TN)
     found, worth_BGTN, live_BGTN = (_all if how.dense else _fetched)(text, q_BHTK, score_BGTN, chosen, how.chunk)
     near = None if text.near is None else _near(*text.near, q_BHTK, asked, how)
 
@@ -330,22 +331,6 @@ def _meet(axes: str, q_BHTK: Array, k: Array, v: Array, seen_BGTS: Array) -> _Fo
         return jnp.einsum(f"bhts,{axes}v->bhtv", p_BHTS.astype(dtype), v, preferred_element_type=kind)
 
     return _Found(s_BHTS, seen_BGTS, average)
-
-
-def best(score: Array, readable: Array, top: int) -> list[Array]:
-    """The `top` best readable chunks, one after the other: each bool [..., N], true at one n, or nowhere if too few.
-
-    One maximum after the other: lax.top_k sorts, and a mesh would gather all rows to do so.
-    """
-    rest = jnp.where(readable, lax.stop_gradient(score), -jnp.inf)
-    n = jnp.arange(score.shape[-1], dtype=jnp.int32).reshape((1,) * (score.ndim - 1) + (-1,))
-    chosen = []
-    for _ in range(top):
-        first = jnp.argmax(rest, -1, keepdims=True).astype(jnp.int32)
-        one = (n == first) & (rest > -jnp.inf)
-        rest = jnp.where(one, -jnp.inf, rest)
-        chosen.append(one)
-    return chosen
 
 
 def fetch(a_BHSK: Array, at_BGTN: Array, C: int) -> Array:

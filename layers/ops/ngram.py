@@ -88,9 +88,7 @@ def canonical(texts: Sequence[str], raw: Sequence[str] | None = None) -> np.ndar
     the text is broken UTF-8. As the public demo of Engram has it, with Python's own Unicode tables.
     """
     ids: dict[str, int] = {}
-    keys = [
-        (raw[i] if raw is not None and "\ufffd" in text else _normal(text) or text) for i, text in enumerate(texts)
-    ]
+    keys = [(raw[i] if raw is not None and "\ufffd" in text else _normal(text) or text) for i, text in enumerate(texts)]
     return np.asarray([ids.setdefault(key, len(ids)) for key in keys], np.int32)
 
 

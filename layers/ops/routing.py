@@ -38,17 +38,22 @@ class Stream(NamedTuple):
     number_BM: Array
 
 
-def largest(p_BTM: Array, top: int) -> Array:
-    """Where the `top` largest are, one each, int32 [B, T, top, M]; of equals the first.
+def largest(score: Array, top: int, among: Array | None = None) -> list[Array]:
+    """The `top` largest over the last axis, one after the other; of equals the first.
 
-    One maximum after the other: lax.top_k sorts, and a mesh would gather all rows to do so.
+    Each is bool [..., M], true at one place, or nowhere where `among` (bool, which may be chosen; None: all) leaves too
+    few. One maximum after the other: lax.top_k sorts, and a mesh would gather all rows to do so.
     """
-    rest, chosen = jax.lax.stop_gradient(p_BTM), []
+    rest = jax.lax.stop_gradient(score)
+    rest = rest if among is None else jnp.where(among, rest, -jnp.inf)
+    place = jnp.arange(score.shape[-1], dtype=jnp.int32).reshape((1,) * (score.ndim - 1) + (-1,))
+    chosen = []
     for _ in range(top):
-        one = jax.nn.one_hot(jnp.argmax(rest, -1), p_BTM.shape[-1], dtype=jnp.int32)
-        rest = jnp.where(one > 0, -jnp.inf, rest)
+        first = jnp.argmax(rest, -1, keepdims=True).astype(jnp.int32)
+        one = (place == first) & (rest > -jnp.inf)
+        rest = jnp.where(one, -jnp.inf, rest)
         chosen.append(one)
-    return jnp.stack(chosen, 2)
+    return chosen
 
 
 def places(routed_BTkM: Array, pos_BT: Array, count_BM: Array) -> Places:
