@@ -1,23 +1,24 @@
 """Every law over every example of every layer that exists. Nothing is listed and nobody opts out.
 
 `make test` judges one example of each layer's code; of layers that are made of layers it asks whether any cut of time
-gives the same, which says that they are causal too. `make test-slow` has the rest: other examples, all laws of layers
-made of layers, 4,096 tokens.
+gives the same, which says that they are causal too, and whether the state keeps its shape. `make test-slow` has the
+rest: other examples, all laws of layers made of layers, 4,096 tokens.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import laws
 import pytest
-from reading import fields
+from flax import nnx
+from reading import D, fields
 
 import layers
 from layers.layer import LayerConfig
 
-COMPILES_NOTHING = {"state_keeps_its_shape"}
-OF_COMPOSITES = {"any_cut_of_time"}
+OF_COMPOSITES = {"any_cut_of_time", "state_keeps_its_shape"}
 
 
 def name(config: LayerConfig) -> str:
@@ -38,7 +39,7 @@ def examples() -> Iterator[Any]:
             known.add(cls.build)
             made_of_layers = any(isinstance(value, LayerConfig) for _, value in fields(config))
             for law in laws.LAWS:
-                now = law in COMPILES_NOTHING or (first and (law in OF_COMPOSITES or not made_of_layers))
+                now = first and (law in OF_COMPOSITES or not made_of_layers)
                 # One worker judges all laws of one example: the compiled functions are shared.
                 marks = [pytest.mark.xdist_group(name(config)), *([] if now else [pytest.mark.slow])]
                 yield pytest.param(config, law, id=f"{name(config)}-{law}", marks=marks)
@@ -62,3 +63,5 @@ def test_every_layer_has_an_example() -> None:
         examples = cls.examples()
         assert examples and all(type(example) is cls for example in examples), f"{cls.__name__} has no example"
         assert len(set(examples)) == len(examples), f"{cls.__name__} repeats an example"
+        for example in examples:
+            jax.eval_shape(lambda example=example: example.build(D, rngs=nnx.Rngs(params=0)))
