@@ -60,7 +60,7 @@ def test_sizes_state_their_parameters_too(name):
         beside = parameter_count({name: spec for name, spec in specs.items() if not spec.table})
         assert 0.7 < beside / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) < 1.7
         assert size in config.description
-    with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {found[0]}, "):
+    with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {', '.join(sizes)}$"):
         settings.load(FILES[name], "2B")
 
 

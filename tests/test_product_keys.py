@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from laws import collectives
 from reading import B, D, apply, pad, places, same, same_tree, stream, tokens
 
-from layers.gated_conv import GatedConv
 from layers.layer import Tokens
 from layers.mlp import MLP
 from layers.ops.product_keys import best, best_slots, product_keys, usage, weighted_sum
@@ -147,14 +146,15 @@ def test_values_that_devices_share_are_never_gathered(shards):
 
 
 SHARED = dataclasses.replace(SMALL, shared=True)
-MODEL = LM(W=257, D=16, stages=(Stage((GatedConv(), MLP(F=8), SHARED), repeats=3),), scan_layers="never")
-VALUES = "stages.0.layers.2.values"
+MODEL = LM(W=257, D=16, stages=(Stage((MLP(F=8), SHARED), repeats=3),), scan_layers="never")
+VALUES = "stages.0.layers.1.values"
 
 
 def built(config, seed=0):
     params, structure = flatten(jax.jit(lambda: config.build(rngs=nnx.Rngs(seed)))())
-    rng = np.random.default_rng(seed)  # off the head's zeros
-    return {name: a + 0.1 * rng.standard_normal(a.shape) for name, a in params.items()}, structure
+    rng = np.random.default_rng(seed)
+    moved = {name: np.asarray(a, np.float64) + 0.1 * rng.standard_normal(a.shape) for name, a in params.items()}
+    return moved, structure  # off the head's zeros
 
 
 def scored(structure, params, model=lambda model: model):
@@ -173,10 +173,10 @@ def test_the_repeats_of_a_stage_share_a_table(float64):
     params, structure = built(MODEL)
     spec = structure.specs[VALUES]
     assert (spec.shape, spec.axes, spec.table, spec.decay) == ((36, 8), "WV", True, False)
-    assert structure.specs["stages.0.layers.2.row"].axes == "LHSK"
+    assert structure.specs["stages.0.layers.1.row"].axes == "LHSK"
     slopes, y = scored(structure, params)
 
-    own = dataclasses.replace(MODEL, stages=(Stage((GatedConv(), MLP(F=8), SMALL), repeats=3),))
+    own = dataclasses.replace(MODEL, stages=(Stage((MLP(F=8), SMALL), repeats=3),))
     apart, apart_structure = built(own)
     assert apart_structure.specs[VALUES].axes == "LWV" and apart[VALUES].shape == (3, 36, 8)
     assert sum(a.size for a in apart.values()) - sum(a.size for a in params.values()) == 2 * 36 * 8
@@ -186,18 +186,18 @@ def test_the_repeats_of_a_stage_share_a_table(float64):
     assert all(np.abs(one).max() > 1e-6 for one in apart_slopes[VALUES])  # each of the layers writes to it
     same_tree(slopes, apart_slopes | {VALUES: jnp.sum(apart_slopes[VALUES], 0)}, "gradients")
 
-    for scan, remat in (("always", "none"), ("always", "block"), ("never", "block")):
-        other = dataclasses.replace(MODEL, scan_layers=scan, remat=remat)
-        _, other_structure = flatten(jax.eval_shape(lambda other=other: other.build(rngs=nnx.Rngs(0))))
-        same_tree(scored(other_structure, params), (slopes, y), f"scan {scan}, remat {remat}")
+    scanned = dataclasses.replace(MODEL, scan_layers="always", remat="block")
+    _, scanned_structure = flatten(jax.eval_shape(lambda: scanned.build(rngs=nnx.Rngs(0))))
+    same_tree(scored(scanned_structure, params), (slopes, y), "scanned, computed again")
     same_tree(scored(structure, params, lambda model: model.unstacked()), (slopes, y), "laid out apart")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_shared_table_goes_on_bit_for_bit(tmp_path):
-    changes = {"model": MODEL, "train__eval_every": 0, "train__checkpoint_every": 3}
-    whole = tiny.arrays(tiny.trained(tmp_path, "whole", train__steps=6, **changes))
-    tiny.trained(tmp_path, "cut", train__steps=3, **changes)
-    assert tiny.arrays(tiny.trained(tmp_path, "cut", train__steps=6, **changes)) == whole
+    changes = {"model": MODEL, "train__eval_every": 0}
+    whole = tiny.arrays(tiny.trained(tmp_path, "whole", train__steps=8, **changes))
+    tiny.trained(tmp_path, "cut", train__steps=6, **changes)
+    assert tiny.arrays(tiny.trained(tmp_path, "cut", train__steps=8, **changes)) == whole
 
 
 def test_the_laptop_twins_have_equally_many_parameters():
