@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 from jax.sharding import Mesh
 from laws import collectives
-from reading import B, D, apply, pad, places, same, same_tree, stream, tokens
+from reading import QUICK, B, D, apply, pad, places, same, same_tree, stream, tokens
 
 from layers.layer import Tokens
 from layers.mlp import MLP
@@ -22,6 +22,7 @@ from models.lm import LM, Stage
 from models.parameters import flatten
 from training import settings
 from training.layout import RULES, Layout
+from training.summary import parameter_count
 
 T = 9
 SMALL = ProductKeyMemory(H=2, keys=6, top=3, K=4, V=8)
@@ -38,16 +39,14 @@ def test_two_slots_by_hand(implementation):
     np.testing.assert_allclose(y[0, 0], [0.524979, 0.475021, 0, 0], rtol=2e-6)
 
 
-def definition(q_BTHK, row_HSK, column_HSK, values_WV, top):
-    """Each of the n² slots has a score and a weight; those not among the best weigh nothing."""
-    slot, weight = product_keys(q_BTHK, row_HSK, column_HSK, top, implementation="naive")
-    one_BTHkW = jax.nn.one_hot(slot, len(values_WV), dtype=weight.dtype)
-    return jnp.einsum("BTHk,BTHkW,WV->BTV", weight, one_BTHkW, values_WV)
+def definition(slot_BTHk, weight_BTHk, values_WV):
+    """Each of the n² slots has a weight; those not among the best weigh nothing."""
+    one_BTHkW = jax.nn.one_hot(slot_BTHk, len(values_WV), dtype=weight_BTHk.dtype)
+    return jnp.einsum("BTHk,BTHkW,WV->BTV", weight_BTHk, one_BTHkW, values_WV)
 
 
-def searched(q_BTHK, row_HSK, column_HSK, values_WV, top, shards=1):
-    found = product_keys(q_BTHK, row_HSK, column_HSK, top)
-    return weighted_sum(values_WV, *(a.reshape(*a.shape[:2], -1) for a in found), shards)
+def searched(slot_BTHk, weight_BTHk, values_WV, shards):
+    return weighted_sum(values_WV, *(a.reshape(*a.shape[:2], -1) for a in (slot_BTHk, weight_BTHk)), shards)
 
 
 def inputs(n, H=3, K=6, V=5):
@@ -59,14 +58,20 @@ def inputs(n, H=3, K=6, V=5):
 def test_the_search_is_the_definition(n, top, shards, float64):
     of = inputs(n)
     dy_BTV = np.random.default_rng(0).standard_normal((2, 7, 5))
-    slots, weights = zip(*(product_keys(*of[:3], top, implementation=i) for i in ("naive", "product")), strict=True)
-    np.testing.assert_array_equal(*slots)
-    np.testing.assert_allclose(*weights, rtol=1e-12)
-    results = []
-    for call in (definition, functools.partial(searched, shards=shards)):
-        y, back = jax.vjp(lambda *of, call=call: call(*of, top), *of)
-        results.append((y, back(dy_BTV)))
-    same_tree(results[1], results[0], "search against definition", 1e-12)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+    def read(implementation, shards, *of):
+        def call(q, row, column, values):
+            found = product_keys(q, row, column, top, implementation=implementation)
+            y = definition(*found, values) if implementation == "naive" else searched(*found, values, shards)
+            return y, found
+
+        y, back, found = jax.vjp(call, *of, has_aux=True)
+        return found, y, back(dy_BTV)
+
+    naive, product = read("naive", 1, *of), read("product", shards, *of)
+    np.testing.assert_array_equal(product[0][0], naive[0][0])
+    same_tree(product, naive, "search against definition", 1e-12)
 
 
 @pytest.mark.parametrize(("n", "top"), [(5, 5), (9, 4), (64, 3), (67, 6)])
@@ -94,9 +99,9 @@ def test_how_evenly_slots_are_used():
 
 def test_padding_uses_no_slot():
     layer = SMALL.build(D, rngs=nnx.Rngs(0))
-    x_BTD = stream(T).astype(np.float32)
-    whole = layer(x_BTD[:, :4], tokens(np.stack([places(4)] * B))).aux
-    padded = layer(x_BTD, tokens(np.stack([pad(places(T), (4, T))] * B))).aux
+    x_BTD, said = stream(T).astype(np.float32), tokens(np.stack([pad(places(T), (4, T))] * B))
+    aux = jax.jit(lambda x_BTD, said: layer(x_BTD, said).aux, compiler_options=QUICK)
+    whole, padded = aux(x_BTD[:, :4], Tokens(*(a[:, :4] for a in said))), aux(x_BTD, said)
     assert {name: float(a) for name, a in padded.items()} == pytest.approx({n: float(a) for n, a in whole.items()})
     assert 0 < float(whole["used"]) < 1 and 0 < float(whole["kl"]) < math.log(36)
 
@@ -106,11 +111,10 @@ def test_the_papers_two_layers():
     x_BTD, said = stream(T).astype(np.float32), tokens(np.stack([places(T)] * B))
     plain = dataclasses.replace(SMALL, gate="none", V=None, norm="layer").build(D, rngs=nnx.Rngs(0))
     assert plain.gate is None and plain.out is None and plain.values.get_metadata()["residual"]
-    sums = weighted_sum(plain.values[...], *plain.slots(x_BTD))
-    np.testing.assert_allclose(apply(plain, x_BTD, said, None)[0], sums, rtol=1e-5, atol=1e-6)
+    sums = jax.jit(lambda layer: weighted_sum(layer.values[...], *layer.slots(x_BTD)), compiler_options=QUICK)
+    np.testing.assert_allclose(apply(plain, x_BTD, said, None)[0], sums(plain), rtol=1e-5, atol=1e-6)
     gated = SMALL.build(D, rngs=nnx.Rngs(0))
-    sums = weighted_sum(gated.values[...], *gated.slots(x_BTD))
-    want = (sums * jax.nn.silu(x_BTD @ gated.gate.w[...])) @ gated.out.w[...]
+    want = (sums(gated) * jax.nn.silu(x_BTD @ gated.gate.w[...])) @ gated.out.w[...]
     np.testing.assert_allclose(apply(gated, x_BTD, said, None)[0], want, rtol=1e-5, atol=1e-6)
 
 
@@ -150,11 +154,8 @@ MODEL = LM(W=257, D=16, stages=(Stage((MLP(F=8), SHARED), repeats=3),), scan_lay
 VALUES = "stages.0.layers.1.values"
 
 
-def built(config, seed=0):
-    params, structure = flatten(jax.jit(lambda: config.build(rngs=nnx.Rngs(seed)))())
-    rng = np.random.default_rng(seed)
-    moved = {name: np.asarray(a, np.float64) + 0.1 * rng.standard_normal(a.shape) for name, a in params.items()}
-    return moved, structure  # off the head's zeros
+def structure_of(config):
+    return flatten(jax.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1]
 
 
 def scored(structure, params, model=lambda model: model):
@@ -165,30 +166,30 @@ def scored(structure, params, model=lambda model: model):
         y = model(structure.module(params))(Tokens(*said)).y_BTD
         return jnp.sum(jnp.square(y)), y
 
-    return jax.jit(jax.grad(objective, has_aux=True))(params)
+    return jax.jit(jax.grad(objective, has_aux=True), compiler_options=QUICK)(params)
 
 
 def test_the_repeats_of_a_stage_share_a_table(float64):
     """One table, keys for each; its gradient is the sum of those of tables apart, in whatever way repeats are run."""
-    params, structure = built(MODEL)
+    structure, rng = structure_of(MODEL), np.random.default_rng(0)
+    params = {name: 0.3 * rng.standard_normal(spec.shape) for name, spec in structure.specs.items()}
     spec = structure.specs[VALUES]
     assert (spec.shape, spec.axes, spec.table, spec.decay) == ((36, 8), "WV", True, False)
     assert structure.specs["stages.0.layers.1.row"].axes == "LHSK"
     slopes, y = scored(structure, params)
 
     own = dataclasses.replace(MODEL, stages=(Stage((MLP(F=8), SMALL), repeats=3),))
-    apart, apart_structure = built(own)
-    assert apart_structure.specs[VALUES].axes == "LWV" and apart[VALUES].shape == (3, 36, 8)
-    assert sum(a.size for a in apart.values()) - sum(a.size for a in params.values()) == 2 * 36 * 8
+    apart = structure_of(own)
+    assert apart.specs[VALUES].axes == "LWV" and apart.specs[VALUES].shape == (3, 36, 8)
+    assert parameter_count(apart.specs) - parameter_count(structure.specs) == 2 * 36 * 8
     copies = params | {VALUES: jnp.stack([params[VALUES]] * 3)}
-    apart_slopes, apart_y = scored(apart_structure, copies)
+    apart_slopes, apart_y = scored(apart, copies)
     same(y, apart_y, "logits")
     assert all(np.abs(one).max() > 1e-6 for one in apart_slopes[VALUES])  # each of the layers writes to it
     same_tree(slopes, apart_slopes | {VALUES: jnp.sum(apart_slopes[VALUES], 0)}, "gradients")
 
     scanned = dataclasses.replace(MODEL, scan_layers="always", remat="block")
-    _, scanned_structure = flatten(jax.eval_shape(lambda: scanned.build(rngs=nnx.Rngs(0))))
-    same_tree(scored(scanned_structure, params), (slopes, y), "scanned, computed again")
+    same_tree(scored(structure_of(scanned), params), (slopes, y), "scanned, computed again")
     same_tree(scored(structure, params, lambda model: model.unstacked()), (slopes, y), "laid out apart")
 
 
