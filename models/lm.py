@@ -205,7 +205,6 @@ class LanguageModel(nnx.Module):
             call = jax.checkpoint(call, policy=policy)
 
         if scan and not isinstance(blocks, nnx.List):
-
             own, block_of = _own(blocks)
 
             def body(x_BTD, xs):

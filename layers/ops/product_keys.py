@@ -67,8 +67,8 @@ def best_slots(row: Array, column: Array, top: int) -> Array:
 def best(score: Array, top: int) -> tuple[Array, Array]:
     """(the `top` largest over the last axis, the largest first and of equals the first; their places, int32).
 
-    No gradient. lax.top_k takes 0.5 to 0.8 of the time on CPU (8 of 160, 32 of 1,024), but a mesh gathers all rows of the
-    batch for it. routing.largest keeps a mask for each, too much for so many. A group's largest stands for it in a
+    No gradient. lax.top_k takes 0.5 to 0.8 of the time on CPU (8 of 160, 32 of 1,024), but a mesh gathers all rows of
+    the batch for it. routing.largest keeps a mask for each, too much for so many. A group's largest stands for it in a
     first round: what is among the best lies in the groups that do best.
     """
     n, rest = score.shape[-1], jax.lax.stop_gradient(score)
