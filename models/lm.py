@@ -3,10 +3,12 @@
     x = embed(ids) ;  for each layer: x = x + layer(norm(x)) ;  logits = head(norm(x))
 
 Layers come as stages: a pattern of layers that repeats. The parameters of a stage's repeats are stacked (leading axis
-L), whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU).
+L), whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU). A
+parameter that says so (`shared=True`) is held once, without that axis, and read by all repeats of its stage.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -120,9 +122,14 @@ class LanguageModel(nnx.Module):
         def build(key: Array) -> Block:
             return Block(stage.pattern, config.D, config.norm_eps, rngs=nnx.Rngs(params=key))
 
-        block = jax.vmap(build)(jax.random.split(rngs.params(), stage.repeats))
+        keys = jax.random.split(rngs.params(), stage.repeats)
+        block = jax.vmap(build)(keys)
+        if any(_is_shared(variable) for variable in _variables(block)):
+            for held, first in zip(_variables(block), _variables(build(keys[0])), strict=True):
+                if _is_shared(held):
+                    held.set_value(first[...])
         scale = config.depth**-0.5 if config.residual_scale == "depth" else config.residual_scale
-        for variable in jax.tree.leaves(block, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        for variable in _variables(block):
             if variable.get_metadata().get("residual"):
                 variable[...] = variable[...] * scale
         return block
@@ -198,13 +205,14 @@ class LanguageModel(nnx.Module):
             call = jax.checkpoint(call, policy=policy)
 
         if scan and not isinstance(blocks, nnx.List):
+            own, block_of = _own(blocks)
 
             def body(x_BTD, xs):
-                x_BTD, after, said = call(xs[0], x_BTD, xs[1], xs[2], None)
+                x_BTD, after, said = call(block_of(xs[0]), x_BTD, xs[1], xs[2], None)
                 return x_BTD, (after, said)
 
             stacked = None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            x_BTD, (new, said) = jax.lax.scan(body, x_BTD, (blocks, stacked, keep))
+            x_BTD, (new, said) = jax.lax.scan(body, x_BTD, (own, stacked, keep))
             new = None if states is None else tuple(unstack(new, stage.repeats))
             x_BTD = x_BTD if at_BN is None else take(x_BTD, at_BN)
             return x_BTD, new, {f"*.{name}": value for name, value in said.items()}
@@ -246,7 +254,30 @@ def unstack(stacked: Any, repeats: int) -> list[Any]:
 
 def _apart(blocks: Any, stage: Stage) -> list[Block]:
     """The repeats of a stage, one module each, whether they lie stacked or apart."""
-    return list(blocks) if isinstance(blocks, nnx.List) else unstack(blocks, stage.repeats)
+    if isinstance(blocks, nnx.List):
+        return list(blocks)
+    own, block_of = _own(blocks)
+    return [block_of(arrays) for arrays in unstack(own, stage.repeats)]
+
+
+def _own(blocks: Block) -> tuple[list[Array], Callable[[list[Array]], Block]]:
+    """What each repeat has for itself, stacked; and how one repeat's arrays, with what is shared, make its block."""
+    arrays, structure = jax.tree.flatten(blocks)
+    shared = [_is_shared(variable) for variable in _variables(blocks)]
+
+    def block_of(own: list[Array]) -> Block:
+        rest = iter(own)
+        return jax.tree.unflatten(structure, [a if s else next(rest) for a, s in zip(arrays, shared, strict=True)])
+
+    return [a for a, s in zip(arrays, shared, strict=True) if not s], block_of
+
+
+def _variables(module: Any) -> list[nnx.Variable]:
+    return jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _is_shared(variable: nnx.Variable) -> bool:
+    return variable.get_metadata().get("shared", False)
 
 
 def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import laws
 import pytest
 
-from layers import bmojo, chunk_attention, engram, lizard, mixture
+from layers import bmojo, chunk_attention, engram, lizard, mixture, product_keys
 from layers.layer import LayerConfig, Tokens
 from layers.linear import LinearAttention
 
@@ -44,6 +44,11 @@ def sees_what_came_before(number):
     return lambda pos, time, start: number(unstarted(pos), time, start)
 
 
+def normed_over_the_batch(slots):
+    """Queries of BatchNorm, as the paper has them."""
+    return lambda self, x: slots(self, x / jnp.std(x, (0, 1), keepdims=True))
+
+
 BASE = LinearAttention(H=2, K=4, V=6, chunk=8)
 # Sizes that no other test has: what is compiled for a config is shared by whoever has it.
 BROKEN = {
@@ -76,6 +81,11 @@ BROKEN = {
         lizard.Lizard(H=2, K=6, window=6, chunk=8),
         (lizard, "number", sees_what_came_before),
         "a_document_forgets",
+    ),
+    "queries normed over the batch": (
+        product_keys.ProductKeyMemory(H=2, keys=5, top=2, K=6, V=8),
+        (product_keys.ProductKeyMemoryLayer, "slots", normed_over_the_batch),
+        "causal",
     ),
 }
 

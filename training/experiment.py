@@ -39,7 +39,7 @@ class Schedule:
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay.
 
-    table_lr: of tables that are looked up (Engram), in units of lr; they do not decay either.
+    table_lr: of tables that are looked up (Engram, product keys), in units of lr; they do not decay either.
     """
 
     lr: float = 3e-3
