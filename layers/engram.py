@@ -27,6 +27,7 @@ from layers.norm import RMSNorm
 from layers.ops import ngram
 from layers.ops.chunk_loop import write
 from layers.ops.precision import wide
+from layers.ops.tables import asked, lookup
 
 LEAST = 1e-6  # of |s| under its root, as in the demo
 EVEN = 128  # rows of the table are a multiple of it, so that devices can share them
@@ -169,7 +170,8 @@ class EngramLayer(Layer):
         if self.conv is not None and self.norm is not None:
             filtered, tail = self.conv(self.norm(v_BTD), pos, tail)
             y_BTD = y_BTD + jax.nn.silu(filtered)
-        return Out(y_BTD, None if state is None else EngramState(ids_BN, tail), {"gate": share})
+        said = {"gate": share, "rows/table": asked(rows_BTR, pos)}
+        return Out(y_BTD, None if state is None else EngramState(ids_BN, tail), said)
 
     def addresses(self, tokens: Tokens, before_BN: Array | None = None) -> tuple[Array, Array]:
         """(rows of the table [B, T, R] int32, the last N - 1 canonical ids); nothing but ids and places is read.
@@ -196,7 +198,7 @@ class EngramLayer(Layer):
 
     def lookup(self, rows_BTR: Array) -> Array:
         """[B, T, R K] in the table's dtype. Rows are in the table by what `addresses` is."""
-        e = jnp.take(self.table[...], rows_BTR, axis=0, mode="clip")
+        e = lookup(self.table[...], rows_BTR)
         return e.reshape(*e.shape[:2], -1)
 
     def fuse(self, x_BTD: Array, e_BTF: Array) -> tuple[Array, Array]:

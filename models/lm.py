@@ -16,6 +16,7 @@ from jax import Array
 
 from layers.layer import LayerConfig, Out, Tokens, positive, take
 from layers.norm import RMSNorm
+from layers.ops.tables import put_back, set_aside
 
 State = tuple[tuple[tuple[Any, ...], ...], ...]  # by stage, repeat, layer of the pattern
 
@@ -190,8 +191,10 @@ class LanguageModel(nnx.Module):
         config = self.config
         scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
 
+        tables, blocks = set_aside(blocks)  # a scan, or a cut by repeats, would copy them
+
         def call(block, x_BTD, states, keep, at_BN):
-            return block(x_BTD, tokens, states, keep, at_BN)
+            return put_back(tables, block)(x_BTD, tokens, states, keep, at_BN)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -254,6 +257,17 @@ def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
     names = [[(f"{index}.{r}.{i}", f"{index}.*.{i}") for i in range(len(stage.pattern))] for r in range(stage.repeats)]
     keep = [[not set(pair) & set(skip) for pair in row] for row in names]
     return None if all(map(all, keep)) else jnp.array(keep)
+
+
+def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:
+    """What `hidden`'s aux says of look-ups: the rows of each table by its parameter's name, an array for each repeat."""
+    found: dict[str, list[Array]] = {}
+    for place, said in aux.items():
+        where, _, name = place.partition("/rows/")
+        if name:
+            stage, repeat, layer = where.split(".")
+            found.setdefault(f"stages.{stage}.layers.{layer}.{name}", []).extend(said if repeat == "*" else [said])
+    return found
 
 
 def check_skip(config: LM, skip: tuple[str, ...]) -> None:

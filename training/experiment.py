@@ -40,6 +40,10 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay.
 
     table_lr: of tables that are looked up (Engram), in units of lr; they do not decay either.
+    lazy_tables: a step touches the rows that its batch looks up and no others, in time and memory that do not grow with
+        the table (training/lazy.py). Each row then has an Adam of its own, which rests while the row is not asked for;
+        in the usual Adam, which counts a row's gradient as 0 then, such rows go on moving. Train.ema leaves those
+        tables out.
     """
 
     lr: float = 3e-3
@@ -48,6 +52,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
@@ -60,6 +65,7 @@ class Muon:
 
     lr: of the matrices; their updates are scaled to a root mean square of 0.2 lr, so that it reads as an AdamW rate
     (arXiv 2502.16982). adam_lr: of all else; None for lr. table_lr: of tables, as in AdamW, in units of adam_lr.
+    lazy_tables: as in AdamW.
     """
 
     lr: float = 5e-3
@@ -69,6 +75,7 @@ class Muon:
     b2: float = 0.95
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):

@@ -40,13 +40,16 @@ class Layout:
         return {name: NamedSharding(self.mesh, self.spec(spec)) for name, spec in specs.items()}
 
     def like(self, tree: Any, specs: dict[str, Spec]) -> Any:
-        """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape."""
+        """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape, or,
+        of what a table has for each of its rows, by that without its last axis."""
 
         def place(path: Any, leaf: Any) -> NamedSharding:
             for key in reversed(path):
                 spec = specs.get(getattr(key, "key", getattr(key, "name", "")))
                 if spec is not None and spec.shape == tuple(leaf.shape):
                     return NamedSharding(self.mesh, self.spec(spec))
+                if spec is not None and spec.table and spec.shape[:-1] == tuple(leaf.shape):
+                    return NamedSharding(self.mesh, PartitionSpec(*self.spec(spec)[:-1]))
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)

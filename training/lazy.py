@@ -1,0 +1,155 @@
+"""Tables trained row by row: a step costs what its batch looks up, whatever the table's size.
+
+The table is no argument of the gradient. What a look-up fetches has zeros added (`layers.ops.tables.Table`); their
+gradient is that of the rows, one for each place of the look-up, and the layers say which rows those were (aux
+"rows/..."). Rows asked for more than once have their gradients summed, and Adam's moments and the rows themselves are
+read and written at those places alone, in the buffers that the step was given.
+
+For each row r of a batch, with n its own count of such batches, and the learning rate of the run's step:
+
+    n_r = n_r + 1 ;  m_r = b1 m_r + (1 - b1) g_r ;  v_r = b2 v_r + (1 - b2) g_r²
+    r = r - lr (m_r / (1 - b1^n_r) / (sqrt(v_r / (1 - b2^n_r)) + eps))
+
+A row that is in every batch has the usual Adam, to the rounding. One that rests keeps its values and moments, bit for
+bit. Counting by row, and not by step as other sparse Adams do, is ours: so a row that is asked for late, or seldom,
+begins with steps of the learning rate's size rather than ones that the zeros in its moments decide.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from layers.ops.tables import Table
+from models.parameters import Params, Spec
+
+
+class Read(NamedTuple):
+    """Of one table: keys_N int32, each row once, `repeat · W + row`; L · W for none, at the end. slopes_NK."""
+
+    keys_N: Array
+    slopes_NK: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyAdam:
+    """specs: of the tables. rate: step -> learning rate. clip: largest norm of all tables' gradients together."""
+
+    specs: dict[str, Spec]
+    rate: optax.Schedule
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip: float | None
+
+    def __post_init__(self):
+        for name, spec in self.specs.items():
+            if math.prod(spec.shape[:-1]) >= 2**31 - 1:
+                raise ValueError(
+                    f"optimizer.lazy_tables: {name} has {math.prod(spec.shape[:-1])} rows, and they are numbered in "
+                    "32 bits: use fewer, or more tables"
+                )
+
+    def apart(self, params: Params) -> tuple[Params, Params]:
+        """(the tables, all other parameters)"""
+        rest = {name: p for name, p in params.items() if name not in self.specs}
+        return {name: params[name] for name in self.specs}, rest
+
+    def init(self, tables: Params) -> dict[str, Any]:
+        """Moments, batches that asked for each row, and steps taken."""
+        return {
+            "mu": jax.tree.map(jnp.zeros_like, tables),
+            "nu": jax.tree.map(jnp.zeros_like, tables),
+            "times": {name: jnp.zeros(table.shape[:-1], jnp.int32) for name, table in tables.items()},
+            "count": jnp.zeros([], jnp.int32),
+        }
+
+    def slots(self, rows: dict[str, list[Any]]) -> Params:
+        """Zeros for what is looked up. rows: by table and repeat, of which only the shapes are read."""
+        missing = [name for name in self.specs if name not in rows]
+        if missing:
+            place, _, name = missing[0].rpartition(".")
+            raise ValueError(
+                f'optimizer.lazy_tables: {place} does not say which rows it reads: give its aux "rows/{name}" '
+                "(layers/layer.py), or set optimizer.lazy_tables to False"
+            )
+        return {
+            name: jnp.zeros([*spec.shape[:-2], max(math.prod(r.shape) for r in rows[name]), spec.shape[-1]])
+            for name, spec in self.specs.items()
+        }
+
+    def lend(self, tables: Params, slots: Params | None = None) -> dict[str, Table]:
+        """What stands in the tables' places in a model."""
+        return {
+            name: Table(
+                table,
+                jnp.arange(table.shape[0], dtype=jnp.int32) if table.ndim == 3 else None,
+                None if slots is None else slots[name],
+            )
+            for name, table in tables.items()
+        }
+
+    def keys(self, rows: dict[str, list[Array]]) -> dict[str, Array]:
+        """Rows as they were said -> int32 [L, N] or [N], numbered as in `Read` but in the order of the slots."""
+        found = {}
+        for name, spec in self.specs.items():
+            W, most = spec.shape[-2], max(r.size for r in rows[name])
+            none = math.prod(spec.shape[:-1])
+            flat = [jnp.pad(r.reshape(-1), (0, most - r.size), constant_values=-1) for r in rows[name]]
+            keys = [jnp.where(r < 0, none, jnp.minimum(r, W - 1) + i * W) for i, r in enumerate(flat)]
+            found[name] = jnp.stack(keys) if len(spec.shape) == 3 else keys[0]
+        return found
+
+    def read(self, keys: dict[str, Array], slopes: Params) -> dict[str, Read]:
+        """Each row once, with the sum of its gradients. keys: [..., N]; slopes: [..., N, K]."""
+        return {
+            name: _sum(keys[name].reshape(-1), slopes[name].reshape(-1, spec.shape[-1]), math.prod(spec.shape[:-1]))
+            for name, spec in self.specs.items()
+        }
+
+    def update(self, reads: dict[str, Read], state: Any, tables: Params, good: Array) -> tuple[Params, Any]:
+        """(tables, state) after a step; as they were where it is not `good`."""
+        slopes = {name: read.slopes_NK for name, read in reads.items()}
+        if self.clip is not None:
+            slopes, _ = optax.clip_by_global_norm(self.clip).update(slopes, optax.EmptyState())
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counts with floats
+            lr = jnp.asarray(self.rate(state["count"]), jnp.float32)
+        new: dict[str, Any] = {"mu": {}, "nu": {}, "times": {}, "count": state["count"] + good.astype(jnp.int32)}
+        after = {}
+        for name, spec in self.specs.items():
+            none = math.prod(spec.shape[:-1])
+            keys = jnp.where(good, reads[name].keys_N, none)
+            at = (keys // spec.shape[-2], keys % spec.shape[-2]) if len(spec.shape) == 3 else (keys,)
+            old = {"mu": state["mu"][name], "nu": state["nu"][name], "times": state["times"][name]}
+            mu, nu, times = (a.at[at].get(mode="clip") for a in old.values())
+            row, g = tables[name].at[at].get(mode="clip"), slopes[name]
+            times = times + 1
+            mu, nu = self.b1 * mu + (1 - self.b1) * g, self.b2 * nu + (1 - self.b2) * g * g
+            n = times.astype(jnp.float32)[:, None]
+            step = mu / (1 - self.b1**n) / (jnp.sqrt(nu / (1 - self.b2**n)) + self.eps)
+            if spec.decay:
+                step = step + self.weight_decay * row
+            kept = {"mu": mu, "nu": nu, "times": times}
+            for kind, value in kept.items():
+                new[kind][name] = _write(old[kind], at, value)
+            after[name] = _write(tables[name], at, row - lr * step)
+        return after, new
+
+
+def _write(array: Array, at: tuple[Array, ...], value: Array) -> Array:
+    return array.at[at].set(value, mode="drop", indices_are_sorted=True)
+
+
+def _sum(keys_N: Array, slopes_NK: Array, none: int) -> Read:
+    order = jnp.argsort(keys_N)
+    keys_N, slopes_NK = keys_N[order], slopes_NK[order]
+    first = jnp.concatenate([jnp.ones([1], bool), keys_N[1:] != keys_N[:-1]])
+    place = jnp.cumsum(first, dtype=jnp.int32) - 1
+    summed = jax.ops.segment_sum(slopes_NK, place, keys_N.size, indices_are_sorted=True)
+    keys = jnp.full_like(keys_N, none).at[place].set(keys_N, indices_are_sorted=True)
+    return Read(keys, jnp.where((keys < none)[:, None], summed, 0))
