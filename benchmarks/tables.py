@@ -20,8 +20,8 @@ A whole training step (forward, backward, clipping, AdamW) of a small model arou
 rows of width 16, of which a step looks up 4,096 (2-grams and 3-grams of random bytes). `ours` is lazy
 (`optimizer.lazy_tables`), `peer` the usual AdamW over the whole table. A process for each size, one pinned core, one
 thread; the clock is the CPU time of the process; rounds are interleaved over all sizes. Milliseconds are medians over
-rounds, ratios medians of the ratios within a round. Float32, donated buffers. Temporary memory is XLA's own account, and
-does not count the table and its moments."""
+rounds, ratios medians of the ratios within a round. Float32, donated buffers. Temporary memory is XLA's own account,
+without the table and its moments."""
 
 SIZES = (16, 20, 22)  # log2 of the rows
 SHAPE = {"B": 8, "T": 256, "D": 64, "K": 16}

@@ -260,7 +260,7 @@ def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
 
 
 def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:
-    """What `hidden`'s aux says of look-ups: the rows of each table by its parameter's name, an array for each repeat."""
+    """What `hidden`'s aux says of look-ups: the rows of each table by parameter's name, an array for each repeat."""
     found: dict[str, list[Array]] = {}
     for place, said in aux.items():
         where, _, name = place.partition("/rows/")

@@ -131,6 +131,7 @@ class Mesh:
 
     data, model: devices along each axis; -1 for all that are left.
     layout: "replicated"; "fsdp" (widths over `data`); "tensor" (heads, hidden and words over `model`); "fsdp+tensor".
+        The rows of tables that are looked up lie over all axes that a layout names.
     """
 
     data: int = -1

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from layers.ops.tables import Spread
 from models.parameters import Spec
 from training.experiment import Mesh
 
@@ -17,6 +18,7 @@ RULES = {  # the first letter of a parameter that has a rule and divides takes t
     "tensor": {"H": "model", "G": "model", "F": "model", "W": "model"},
     "fsdp+tensor": {"H": "model", "G": "model", "F": "model", "W": "model", "D": "data"},
 }
+BATCH = "data"  # the axis of the batch's rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,25 @@ class Layout:
     mesh: jax.sharding.Mesh
     rules: dict[str, str]
 
+    def rows(self, spec: Spec) -> tuple[str, ...]:
+        """The mesh axes that share a table's rows: all that the rules name, as far as they divide."""
+        for axes in (self._named, self._named[1:]):
+            if spec.shape[-2] % math.prod(self.mesh.shape[a] for a in axes) == 0:
+                return axes
+        return ()
+
+    @property
+    def _named(self) -> tuple[str, ...]:
+        return tuple(a for a in ("data", "model") if a in self.rules.values() and self.mesh.shape[a] > 1)
+
+    def spread(self, specs: dict[str, Spec]) -> dict[str, Spread]:
+        """The tables whose rows lie on the axis of the batch, which the partitioner would gather whole."""
+        rows = {name: self.rows(spec) for name, spec in specs.items() if spec.table}
+        return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if BATCH in axes}
+
     def spec(self, spec: Spec) -> PartitionSpec:
+        if spec.table:
+            return PartitionSpec(*[None] * (len(spec.shape) - 2), self.rows(spec) or None, None)
         taken: set[str] = set()
         parts: list[str | None] = []
         for letter, size in zip(spec.axes, spec.shape, strict=True):
@@ -60,15 +80,17 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Rows over `data`."""
-        return NamedSharding(self.mesh, PartitionSpec("data"))
+        """The batch's rows over `data`."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     def report(self, specs: dict[str, Spec]) -> list[str]:
         """What stays whole although a rule names one of its letters, and why."""
         lines = []
         for name, spec in specs.items():
             ruled = [a for a in spec.axes if a in self.rules and self.mesh.shape[self.rules[a]] > 1]
-            if ruled and not any(self.spec(spec)):
+            if spec.table and self._named and not self.rows(spec):
+                lines.append(f"{name} is replicated: W = {spec.shape[-2]} does not divide over {self._named[-1]}")
+            elif not spec.table and ruled and not any(self.spec(spec)):
                 sizes = ", ".join(f"{a} = {spec.shape[spec.axes.index(a)]}" for a in ruled)
                 lines.append(f"{name} is replicated: {sizes} does not divide over {self.rules[ruled[0]]}")
         return lines

@@ -16,15 +16,18 @@ begins with steps of the learning rate's size rather than ones that the zeros in
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
-from layers.ops.tables import Table
+from layers.ops.tables import Spread, Table
 from models.parameters import Params, Spec
 
 
@@ -112,8 +115,10 @@ class LazyAdam:
             for name, spec in self.specs.items()
         }
 
-    def update(self, reads: dict[str, Read], state: Any, tables: Params, good: Array) -> tuple[Params, Any]:
-        """(tables, state) after a step; as they were where it is not `good`."""
+    def update(
+        self, reads: dict[str, Read], state: Any, tables: Params, good: Array, spread: Mapping[str, Spread]
+    ) -> tuple[Params, Any]:
+        """(tables, state) after a step; as they were where it is not `good`. spread: where rows lie, of some tables."""
         slopes = {name: read.slopes_NK for name, read in reads.items()}
         if self.clip is not None:
             slopes, _ = optax.clip_by_global_norm(self.clip).update(slopes, optax.EmptyState())
@@ -122,27 +127,56 @@ class LazyAdam:
         new: dict[str, Any] = {"mu": {}, "nu": {}, "times": {}, "count": state["count"] + good.astype(jnp.int32)}
         after = {}
         for name, spec in self.specs.items():
-            none = math.prod(spec.shape[:-1])
-            keys = jnp.where(good, reads[name].keys_N, none)
-            at = (keys // spec.shape[-2], keys % spec.shape[-2]) if len(spec.shape) == 3 else (keys,)
-            old = {"mu": state["mu"][name], "nu": state["nu"][name], "times": state["times"][name]}
-            mu, nu, times = (a.at[at].get(mode="clip") for a in old.values())
-            row, g = tables[name].at[at].get(mode="clip"), slopes[name]
-            times = times + 1
-            mu, nu = self.b1 * mu + (1 - self.b1) * g, self.b2 * nu + (1 - self.b2) * g * g
-            n = times.astype(jnp.float32)[:, None]
-            step = mu / (1 - self.b1**n) / (jnp.sqrt(nu / (1 - self.b2**n)) + self.eps)
-            if spec.decay:
-                step = step + self.weight_decay * row
-            kept = {"mu": mu, "nu": nu, "times": times}
-            for kind, value in kept.items():
-                new[kind][name] = _write(old[kind], at, value)
-            after[name] = _write(tables[name], at, row - lr * step)
+            # Of a step that is not good, all rows are beyond the table: nothing is written.
+            keys = jnp.where(good, reads[name].keys_N, math.prod(spec.shape[:-1]))
+            stored = _Stored(tables[name], *(state[kind][name] for kind in ("mu", "nu", "times")))
+            move: Move = functools.partial(self._move, decay=self.weight_decay if spec.decay else 0.0)
+            if name in spread:
+                move = _each_device(move, spread[name], stored)
+            written = move(stored, keys // spec.shape[-2], keys % spec.shape[-2], slopes[name], lr)
+            after[name] = written.table
+            for kind in ("mu", "nu", "times"):
+                new[kind][name] = getattr(written, kind)
         return after, new
+
+    def _move(self, s: "_Stored", repeat_N: Array, row_N: Array, g_NK: Array, lr: Array, decay: float) -> "_Stored":
+        """repeat_N, row_N: what to write, in order; what lies beyond the table is not."""
+        at = (repeat_N, row_N) if s.table.ndim == 3 else (jnp.where(repeat_N > 0, s.table.shape[0], row_N),)
+        row, mu, nu, times = (a.at[at].get(mode="clip") for a in s)
+        times = times + 1
+        mu, nu = self.b1 * mu + (1 - self.b1) * g_NK, self.b2 * nu + (1 - self.b2) * g_NK * g_NK
+        n_N1 = times.astype(jnp.float32)[:, None]
+        step = mu / (1 - self.b1**n_N1) / (jnp.sqrt(nu / (1 - self.b2**n_N1)) + self.eps) + decay * row
+        return _Stored(*(_write(a, at, value) for a, value in zip(s, (row - lr * step, mu, nu, times), strict=True)))
+
+
+class _Stored(NamedTuple):
+    """Of one table, [L, W, ...] or [W, ...]."""
+
+    table: Array
+    mu: Array
+    nu: Array
+    times: Array
+
+
+Move = Callable[[_Stored, Array, Array, Array, Array], _Stored]
+
+
+def _each_device(move: Move, spread: Spread, stored: _Stored) -> Move:
+    """`move` where the rows of a table lie apart: each device writes its own."""
+
+    def local(part: _Stored, repeat_N: Array, row_N: Array, g_NK: Array, lr: Array) -> _Stored:
+        size = part.table.shape[-2]
+        row_N = row_N - jax.lax.axis_index(spread.axes) * size
+        return move(part, repeat_N, jnp.where((row_N >= 0) & (row_N < size), row_N, size), g_NK, lr)
+
+    whole = (None,) * (stored.table.ndim - 2)
+    lies: Any = _Stored(*(P(*whole, spread.axes, *(None,) * (a.ndim - len(whole) - 1)) for a in stored))
+    return jax.shard_map(local, mesh=spread.mesh, in_specs=(lies, P(), P(), P(), P()), out_specs=lies)
 
 
 def _write(array: Array, at: tuple[Array, ...], value: Array) -> Array:
-    return array.at[at].set(value, mode="drop", indices_are_sorted=True)
+    return array.at[at].set(value, mode="drop")
 
 
 def _sum(keys_N: Array, slopes_NK: Array, none: int) -> Read:

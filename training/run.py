@@ -103,7 +103,8 @@ def prepare(experiment: Experiment) -> Job:
     abstract = jax.eval_shape(init, key)
     shardings = layout.like(abstract, structure.specs)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    step = train_step(experiment, structure, optimizer, dataset.token_bytes, dataset.labelled)
+    laid_out = structure._replace(spread=layout.spread(structure.specs))
+    step = train_step(experiment, laid_out, optimizer, dataset.token_bytes, dataset.labelled)
     return Job(
         experiment,
         dataset,
@@ -113,7 +114,7 @@ def prepare(experiment: Experiment) -> Job:
         state,
         init=functools.partial(jax.jit(init, out_shardings=shardings), key),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
-        evaluate=jax.jit(eval_step(structure, dataset.token_bytes, dataset.labelled)),
+        evaluate=jax.jit(eval_step(laid_out, dataset.token_bytes, dataset.labelled)),
     )
 
 

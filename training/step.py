@@ -142,7 +142,7 @@ def train_step(
         kept = {name: state[name] for name in new} | {"params": params}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
         if lazy is not None:
-            after, new["tables"] = lazy.update(reads, state["tables"], tables, good)
+            after, new["tables"] = lazy.update(reads, state["tables"], tables, good, structure.spread)
             new["params"] = {name: (after if name in after else new["params"])[name] for name in state["params"]}
         old, bad = state["counters"], 1 - good.astype(jnp.int32)
         new["counters"] = {

@@ -6,14 +6,26 @@ step that must not handle anything as large as the table, a `Table` that the ste
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("array", "repeat", "slots_NK"), meta_fields=())
+class Spread(NamedTuple):
+    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost; those of a batch over `batch`."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    batch: str
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("array", "repeat", "slots_NK"), meta_fields=("spread",)
+)
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A table as it is lent to a layer for a look-up.
@@ -22,11 +34,14 @@ class Table:
         None where `set_aside` took it out.
     slots_NK: zeros, one for each row of the look-up, that are added to what is fetched. They are what is
         differentiated: the table is not, so that no gradient has its size.
+    spread: where its rows lie, if the look-up itself is to see to it that they stay there. Where rows and batch are
+        split over one axis, XLA's partitioner may gather the table, and the gradient's sum too.
     """
 
     array: Array | None
     repeat: Array | None = None
     slots_NK: Array | None = None
+    spread: Spread | None = None
 
     def __getitem__(self, index: Any) -> "Table":
         """`table[...]`, as of a Param with an array."""
@@ -47,11 +62,41 @@ def lookup(table: Array | Table, rows: Array) -> Array:
         raise ValueError("a table was looked up while it was set aside")
     if table.slots_NK is not None:
         array = jax.lax.stop_gradient(array)
-    at = (rows,) if table.repeat is None else (table.repeat, rows)
-    found = array.at[at].get(mode="clip")
+    spread = table.spread
+    if spread is None or rows.shape[0] % spread.mesh.shape[spread.batch]:
+        found = _fetch(array, table.repeat, rows)
+    else:
+        found = _fetch_spread(array, table.repeat, rows, spread)
     if table.slots_NK is None:
         return found
     return found + table.slots_NK[: rows.size].reshape(found.shape)
+
+
+def _fetch(array: Array, repeat: Array | None, rows: Array) -> Array:
+    at = (rows,) if repeat is None else (repeat, rows)
+    return array.at[at].get(mode="clip")
+
+
+def _fetch_spread(array: Array, repeat: Array | None, rows: Array, spread: Spread) -> Array:
+    """Each device hears all of the batch's rows, answers for its own with zeros for the rest, and gets back the sums of
+    its part of the batch: row numbers and rows travel, the table does not, nor does its gradient."""
+    batch, axes = spread.batch, spread.axes
+
+    def local(part: Array, repeat: Array | None, rows: Array) -> Array:
+        if batch in axes:
+            rows = jax.lax.all_gather(rows, batch, tiled=True)
+        size = part.shape[-2]
+        at = rows - jax.lax.axis_index(axes) * size
+        mine = (at >= 0) & (at < size)
+        found = jnp.where(mine[..., None], _fetch(part, repeat, jnp.where(mine, at, 0)), 0)
+        others = tuple(axis for axis in axes if axis != batch)
+        found = jax.lax.psum(found, others) if others else found
+        return jax.lax.psum_scatter(found, batch, tiled=True) if batch in axes else found
+
+    whole = (None,) * (array.ndim - 2)
+    rows = jnp.clip(rows, 0, array.shape[-2] - 1)
+    specs = (P(*whole, axes, None), None if repeat is None else P(), P(batch))
+    return jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))(array, repeat, rows)
 
 
 def asked(rows: Array, pos_BT: Array) -> Array:
