@@ -38,7 +38,7 @@ def table_shaped(program, rows, width):
 @pytest.mark.parametrize("stacked", [False, True], ids=["alone", "of a stage"])
 @pytest.mark.parametrize("name", MESHES)
 def test_a_lookup_of_shared_rows(name, stacked):
-    """Values and slopes of the plain look-up, of rows that occur often or nowhere; nothing sent is as large as a part."""
+    """Values and slopes of the plain look-up, of rows that occur often or nowhere; nothing sent is a table's."""
     layout, axes = build_layout(MESHES[name][0], B), MESHES[name][1]
     rng = np.random.default_rng(0)
     shape = (2, ROWS, K) if stacked else (ROWS, K)

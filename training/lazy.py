@@ -171,7 +171,7 @@ def _each_device(move: Move, spread: Spread, stored: _Stored) -> Move:
         return move(part, repeat_N, jnp.where((row_N >= 0) & (row_N < size), row_N, size), g_NK, lr)
 
     whole = (None,) * (stored.table.ndim - 2)
-    lies: Any = _Stored(*(P(*whole, spread.axes, *(None,) * (a.ndim - len(whole) - 1)) for a in stored))
+    lies: Any = jax.tree.map(lambda a: P(*whole, spread.axes, *(None,) * (a.ndim - len(whole) - 1)), stored)
     return jax.shard_map(local, mesh=spread.mesh, in_specs=(lies, P(), P(), P(), P()), out_specs=lies)
 
 
