@@ -17,8 +17,9 @@ from jax import Array
 from layers.layer import LayerConfig, Out, Tokens, positive, take
 from layers.norm import RMSNorm
 from layers.ops.tables import put_back, set_aside
+from models.over_encoding import OverEncoding
 
-State = tuple[tuple[tuple[Any, ...], ...], ...]  # by stage, repeat, layer of the pattern
+State = tuple[Any, ...]  # by stage, repeat, layer of the pattern; then that of the embedding, where it has n-grams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class LM:
     remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "block" (each repeat whole).
     dtype: of activations and of matrix operands; parameters are float32.
     softcap: logits become softcap * tanh(logits / softcap).
+    ngrams: embed the n-grams that end in a word together with the word; None for words alone.
     """
 
     W: int
@@ -58,12 +60,13 @@ class LM:
     remat: Literal["none", "dots", "block"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     softcap: float | None = None
+    ngrams: OverEncoding | None = None
 
     def __post_init__(self):
         positive(self, "W", "D")
         if not self.stages:
             raise ValueError("LM.stages is empty: give it at least one Stage")
-        for layer in (layer for stage in self.stages for layer in stage.pattern):
+        for layer in (self.ngrams, *(layer for stage in self.stages for layer in stage.pattern)):
             words = getattr(layer, "W", self.W)
             if words != self.W:
                 raise ValueError(f"{type(layer).__name__}.W is {words}: it must be the model's, LM.W = {self.W}")
@@ -113,6 +116,7 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D], jnp.float32) * D**-0.5, axes="WD")
         self.stages: Any = nnx.List([self._stage(stage, rngs) for stage in config.stages])
         self.norm = RMSNorm(D, eps=config.norm_eps)
+        self.ngrams = None if config.ngrams is None else config.ngrams.build(D, rngs=rngs)
         self.head = None if config.tied else nnx.Param(jnp.zeros([W, D], jnp.float32), axes="WD")
 
     def _stage(self, stage: Stage, rngs: nnx.Rngs) -> Block:
@@ -129,11 +133,12 @@ class LanguageModel(nnx.Module):
         return block
 
     def init_state(self, B: int, T: int) -> State:
-        """Empty memories for B sequences of at most T tokens: by stage, repeat and layer."""
-        return tuple(
+        """Empty memories for B sequences of at most T tokens: by stage, repeat and layer; then the embedding's."""
+        stages = tuple(
             tuple(tuple(layer.init_state(B, T) for layer in block.layers) for block in _apart(blocks, stage))
             for blocks, stage in zip(self.stages, self.config.stages, strict=True)
         )
+        return stages if self.ngrams is None else (*stages, self.ngrams.init_state(B))
 
     def unstacked(self) -> "LanguageModel":
         """The same model with the repeats of each stage laid out apart, so that a decoding loop copies no weights."""
@@ -156,7 +161,7 @@ class LanguageModel(nnx.Module):
         a state: ValueError, since all of the tokens have to be remembered.
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
         still advance); ValueError for a name that no layer has. aux: each layer's, as "stage.repeat.layer/name"; a
-        scanned stage's as "stage.*.layer/name", stacked.
+        scanned stage's as "stage.*.layer/name", stacked; the embedding's as "ngrams/name".
         """
         config = self.config
         check_skip(config, skip)
@@ -169,6 +174,11 @@ class LanguageModel(nnx.Module):
         x_BTD = jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype) * jnp.asarray(config.D**0.5, dtype)
         after: list[Any] = []
         aux: dict[str, Array] = {}
+        seen: tuple[Any, ...] = ()
+        if self.ngrams is not None:
+            out = self.ngrams(x_BTD, tokens, None if state is None else state[-1])
+            x_BTD, seen = out.y_BTD, (out.state,)
+            aux |= {f"ngrams/{name}": value for name, value in out.aux.items()}
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
@@ -176,7 +186,7 @@ class LanguageModel(nnx.Module):
             x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, at_BN if ends else None)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
-        return Out(self.norm(x_BTD), None if state is None else tuple(after), aux)
+        return Out(self.norm(x_BTD), None if state is None else (*after, *seen), aux)
 
     def _run(
         self,
@@ -264,7 +274,9 @@ def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:
     found: dict[str, list[Array]] = {}
     for place, said in aux.items():
         where, _, name = place.partition("/rows/")
-        if name:
+        if name and where == "ngrams":
+            found[f"ngrams.{name}"] = [said]
+        elif name:
             stage, repeat, layer = where.split(".")
             found.setdefault(f"stages.{stage}.layers.{layer}.{name}", []).extend(said if repeat == "*" else [said])
     return found

@@ -386,7 +386,8 @@ def _meta(job: Job, step: int) -> dict[str, Any]:
 
 def _constants(experiment: Experiment) -> dict[str, Any]:
     """What layers compute with besides config and parameters, by their place in the model."""
-    return {
+    ngrams = experiment.model.ngrams
+    return ({} if ngrams is None else {"ngrams": ngrams.constants()}) | {
         f"stages.{s}.pattern.{i}": said
         for s, stage in enumerate(experiment.model.stages)
         for i, layer in enumerate(stage.pattern)
