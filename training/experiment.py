@@ -1,9 +1,9 @@
 """An experiment on paper: what is trained, on what, how, and over which devices."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from layers.layer import positive
+from layers.layer import one_of, positive
 from models.lm import LM
 from training.data import DataConfig
 
@@ -12,6 +12,16 @@ def _above_zero(config: object, *fields: str) -> None:
     for field in fields:
         if not getattr(config, field) > 0:
             raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
+
+
+def _check_tables(config: Any) -> None:
+    one_of(config)
+    if config.lazy_tables and config.tables != "adam":
+        name = type(config).__name__
+        raise ValueError(
+            f"{name}.lazy_tables is True and {name}.tables {config.tables!r}, which balances all rows of a table "
+            'against each other: use "adam"'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +50,8 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay.
 
     table_lr: of tables that are looked up (Engram), in units of lr; they do not decay either.
+    tables: "adam"; or "sinkhorn", momentum with steps balanced over rows and columns, of half the memory
+        (training/sinkhorn.py).
     lazy_tables: a step touches the rows that its batch looks up and no others, in time and memory that do not grow with
         the table (training/lazy.py). Each row then has an Adam of its own, which rests while the row is not asked for;
         in the usual Adam, which counts a row's gradient as 0 then, such rows go on moving. Train.ema leaves those
@@ -52,11 +64,13 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    tables: Literal["adam", "sinkhorn"] = "adam"
     lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
         _above_zero(self, "lr", "table_lr")
+        _check_tables(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Muon:
 
     lr: of the matrices; their updates are scaled to a root mean square of 0.2 lr, so that it reads as an AdamW rate
     (arXiv 2502.16982). adam_lr: of all else; None for lr. table_lr: of tables, as in AdamW, in units of adam_lr.
-    lazy_tables: as in AdamW.
+    tables, lazy_tables: as in AdamW.
     """
 
     lr: float = 5e-3
@@ -75,11 +89,13 @@ class Muon:
     b2: float = 0.95
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    tables: Literal["adam", "sinkhorn"] = "adam"
     lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
         _above_zero(self, "lr", "table_lr")
+        _check_tables(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from models.parameters import Spec
 from training.experiment import AdamW, Muon, Schedule
 from training.lazy import LazyAdam
+from training.sinkhorn import sinkhorn_momentum
 
 
 class Optimizer(NamedTuple):
@@ -40,7 +41,7 @@ def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs:
     """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`).
 
     Tables that are looked up have a norm of their own, so that few rows with large gradients do not rescale the rest,
-    and Adam at `table_lr` times the rate (Engram, arXiv 2601.07372).
+    and Adam, or what `config.tables` says, at `table_lr` times the rate (Engram, arXiv 2601.07372).
     """
     tables = {name for name, spec in specs.items() if spec.table}
     eps = config.eps if isinstance(config, AdamW) else 1e-8
@@ -64,7 +65,9 @@ def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs:
     parts = {"adam": adam(adam_lr, eps)}
     kinds = dict.fromkeys(specs, "adam") | dict.fromkeys(tables, "table")
     if tables:
-        parts["table"] = adam(adam_lr * config.table_lr, eps)
+        schedule = learning_rate(adam_lr * config.table_lr, config.schedule, steps)
+        sinkhorn = config.tables == "sinkhorn"
+        parts["table"] = sinkhorn_momentum(schedule) if sinkhorn else adam(adam_lr * config.table_lr, eps)
     if isinstance(config, Muon):
         # optax's muon would train the rest too, but decay all of it: it is given the matrices alone.
         matrices = {name: numbers for name, spec in specs.items() if (numbers := _dimensions(spec)) is not None}
