@@ -17,9 +17,11 @@ from layers.ops.tables import Table, asked, lookup
 from models.lm import LM, Stage
 from models.parameters import flatten
 from training.data import DataConfig
-from training.experiment import AdamW, Experiment, Schedule, Train
+from training.experiment import AdamW, Experiment, Mesh, Schedule, Train
+from training.flops import _inside
+from training.layout import build_layout
 from training.optimizer import build_optimizer
-from training.run import load_model
+from training.run import load_model, prepare
 from training.step import DeviceBatch, init_state, train_step
 
 B, T, W, D = 4, 5, 30, 8
@@ -252,3 +254,46 @@ def test_a_layer_that_does_not_say_its_rows_is_named():
     step = train_step(experiment, structure, built, np.ones(W, np.int32), None)
     with pytest.raises(ValueError, match='0.layers.0 does not say which rows it reads: give its aux "rows/table"'):
         jax.eval_shape(step, init_state(experiment, params, built), batch(0))
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in (j for value in equation.params.values() for j in _inside(value)):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("scan", ["never", pytest.param("always", marks=pytest.mark.slow)])
+def test_tables_on_the_host_are_the_same_run(tmp_path, scan):
+    """Rows are fetched from there and written back there; tables, moments and counts never leave it, resumed or not."""
+    engram = Engram(H=1, K=4, rows=150, conv=0)
+    changes = {
+        "model": LM(W=257, D=8, stages=(Stage((engram,), repeats=2),), tied=True, scan_layers=scan),
+        "optimizer": AdamW(lazy_tables=True, schedule=Schedule(warmup=2, shape="constant")),
+        "train__eval_every": 0,
+    }
+    device = tiny.trained(tmp_path, "device", train__steps=4, **changes)
+    changes["mesh"] = Mesh(data=1, tables="host")
+    tiny.trained(tmp_path, "host", train__steps=2, **changes)
+    host = tiny.trained(tmp_path, "host", train__steps=4, **changes)
+    assert host["evaluation"]["loss"] == pytest.approx(device["evaluation"]["loss"], rel=1e-6)
+    for name, bits in tiny.arrays(device).items():
+        here, there = (np.frombuffer(b, np.float32) for b in (tiny.arrays(host)[name], bits))
+        np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+    job = prepare(tiny.experiment(tmp_path, train__steps=4, **changes))
+    state, _ = job.step(job.init(), job.dataset.batch(0, 0))
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
+    for name, leaf in leaves:
+        assert leaf.sharding.memory_kind == ("pinned_host" if name.endswith("table']") else "device"), name
+    assert sum(name.endswith("table']") for name, _ in leaves) == 4
+    rows = next(leaf.shape[1] for name, leaf in leaves if name.endswith("table']"))
+    program = jax.make_jaxpr(job.step)(state, job.dataset.batch(0, 0)).jaxpr
+    sent = [v.aval.shape for e in equations(program) if e.primitive.name == "device_put" for v in e.outvars]
+    assert len(sent) > 6 and not any(rows in shape for shape in sent)
+
+
+def test_what_the_host_cannot_is_named(tmp_path):
+    with pytest.raises(ValueError, match="mesh.tables is 'host', .* set optimizer.lazy_tables to True"):
+        tiny.experiment(tmp_path, mesh=Mesh(data=1, tables="host"))
+    with pytest.raises(ValueError, match="mesh.tables is 'host', for a mesh of one device, and this has 8"):
+        build_layout(Mesh(data=8, tables="host"), 8)

@@ -148,11 +148,17 @@ class Mesh:
     data, model: devices along each axis; -1 for all that are left.
     layout: "replicated"; "fsdp" (widths over `data`); "tensor" (heads, hidden and words over `model`); "fsdp+tensor".
         The rows of tables that are looked up lie over all axes that a layout names.
+    tables: "host" keeps tables and their moments in the host's memory, and sends rows; with optimizer.lazy_tables, and
+        one device.
     """
 
     data: int = -1
     model: int = 1
     layout: Literal["replicated", "fsdp", "tensor", "fsdp+tensor"] = "replicated"
+    tables: Literal["device", "host"] = "device"
+
+    def __post_init__(self):
+        one_of(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,4 +182,9 @@ class Experiment:
         if self.data.B % self.train.accumulate:
             raise ValueError(
                 f"train.accumulate is {self.train.accumulate}, which does not divide data.B = {self.data.B}"
+            )
+        if self.mesh.tables == "host" and not self.optimizer.lazy_tables:
+            raise ValueError(
+                "mesh.tables is 'host', where a step can reach only the rows of its batch: set "
+                "optimizer.lazy_tables to True"
             )

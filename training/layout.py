@@ -19,12 +19,16 @@ RULES = {  # the first letter of a parameter that has a rule and divides takes t
     "fsdp+tensor": {"H": "model", "G": "model", "F": "model", "W": "model", "D": "data"},
 }
 BATCH = "data"  # the axis of the batch's rows
+HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """host: tables that are looked up, and what an optimiser has for their rows, lie in the host's memory."""
+
     mesh: jax.sharding.Mesh
     rules: dict[str, str]
+    host: bool = False
 
     def rows(self, spec: Spec) -> tuple[str, ...]:
         """The mesh axes that share a table's rows: all that the rules name, as far as they divide."""
@@ -38,7 +42,10 @@ class Layout:
         return tuple(a for a in ("data", "model") if a in self.rules.values() and self.mesh.shape[a] > 1)
 
     def spread(self, specs: dict[str, Spec]) -> dict[str, Spread]:
-        """The tables whose rows lie on the axis of the batch, which the partitioner would gather whole."""
+        """The tables that a look-up has to know the place of: on the host, or with rows on the axis of the batch, which
+        the partitioner might gather whole."""
+        if self.host:
+            return {name: Spread(self.mesh, (), BATCH, host=True) for name, spec in specs.items() if spec.table}
         rows = {name: self.rows(spec) for name, spec in specs.items() if spec.table}
         return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if BATCH in axes}
 
@@ -56,8 +63,11 @@ class Layout:
                 parts.append(axis)
         return PartitionSpec(*parts)
 
+    def _place(self, spec: Spec, axes: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, axes, memory_kind=HOST if spec.table and self.host else None)
+
     def params(self, specs: dict[str, Spec]) -> dict[str, NamedSharding]:
-        return {name: NamedSharding(self.mesh, self.spec(spec)) for name, spec in specs.items()}
+        return {name: self._place(spec, self.spec(spec)) for name, spec in specs.items()}
 
     def like(self, tree: Any, specs: dict[str, Spec]) -> Any:
         """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape, or,
@@ -67,9 +77,9 @@ class Layout:
             for key in reversed(path):
                 spec = specs.get(getattr(key, "key", getattr(key, "name", "")))
                 if spec is not None and spec.shape == tuple(leaf.shape):
-                    return NamedSharding(self.mesh, self.spec(spec))
+                    return self._place(spec, self.spec(spec))
                 if spec is not None and spec.table and spec.shape[:-1] == tuple(leaf.shape):
-                    return NamedSharding(self.mesh, PartitionSpec(*self.spec(spec)[:-1]))
+                    return self._place(spec, PartitionSpec(*self.spec(spec)[:-1]))
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)
@@ -114,4 +124,8 @@ def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layo
         raise ValueError(f"data.B is {B}, which does not divide over mesh.data = {sizes['data']}: choose a multiple")
     count = sizes["data"] * sizes["model"]
     grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
-    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout])
+    if config.tables == "host" and count > 1:
+        raise ValueError(f"mesh.tables is 'host', for a mesh of one device, and this has {count}: set mesh.data to 1")
+    if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
+        raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
+    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout], config.tables == "host")

@@ -27,7 +27,7 @@ import optax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from layers.ops.tables import Spread, Table
+from layers.ops.tables import Spread, Table, on_host
 from models.parameters import Params, Spec
 
 
@@ -132,7 +132,7 @@ class LazyAdam:
             stored = _Stored(tables[name], *(state[kind][name] for kind in ("mu", "nu", "times")))
             move: Move = functools.partial(self._move, decay=self.weight_decay if spec.decay else 0.0)
             if name in spread:
-                move = _each_device(move, spread[name], stored)
+                move = on_host(move) if spread[name].host else _each_device(move, spread[name], stored)
             written = move(stored, keys // spec.shape[-2], keys % spec.shape[-2], slopes[name], lr)
             after[name] = written.table
             for kind in ("mu", "nu", "times"):

@@ -292,6 +292,8 @@ def _loop(
         console.print(f"{run} is done: nothing is left to train", markup=False, highlight=False, soft_wrap=True)
         evaluation = evaluate(job.evaluate, shown(state), job.dataset.held_out(train.eval_batches))
     params: Params = shown(state)
+    if job.layout.host:  # whoever is handed the model looks up tables on the device
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params))
     return Outcome(
         status="done", step=train.steps, evaluation=evaluation, model=job.structure.module(params), dataset=job.dataset
     )

@@ -6,21 +6,27 @@ step that must not handle anything as large as the table, a `Table` that the ste
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 
 class Spread(NamedTuple):
-    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost; those of a batch over `batch`."""
+    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost; those of a batch over `batch`.
+
+    host: the table lies whole in the host's memory, of a mesh of one device.
+    """
 
     mesh: Mesh
     axes: tuple[str, ...]
     batch: str
+    host: bool = False
 
 
 @functools.partial(
@@ -63,13 +69,26 @@ def lookup(table: Array | Table, rows: Array) -> Array:
     if table.slots_NK is not None:
         array = jax.lax.stop_gradient(array)
     spread = table.spread
-    if spread is None or rows.shape[0] % spread.mesh.shape[spread.batch]:
+    if spread is not None and spread.host:
+        repeat = None if table.repeat is None else jnp.broadcast_to(table.repeat, rows.shape)
+        found = to_device(on_host(_fetch)(array, repeat, rows))
+    elif spread is None or rows.shape[0] % spread.mesh.shape[spread.batch]:
         found = _fetch(array, table.repeat, rows)
     else:
         found = _fetch_spread(array, table.repeat, rows, spread)
     if table.slots_NK is None:
         return found
     return found + table.slots_NK[: rows.size].reshape(found.shape)
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Computed by the host: the first argument lies in its memory, the others are sent there; what comes out stays."""
+    computed = compute_on("device_host")(jax.jit(function))
+    return lambda lies, *sent: computed(lies, *jax.device_put(sent, jax.memory.Space.Host))
+
+
+def to_device(x: Array) -> Array:
+    return jax.device_put(x, jax.memory.Space.Device)
 
 
 def _fetch(array: Array, repeat: Array | None, rows: Array) -> Array:
