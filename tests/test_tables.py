@@ -11,11 +11,12 @@ import tiny
 from flax import nnx
 
 from layers.engram import Engram
+from layers.hashes import addresses
 from layers.layer import Layer, LayerConfig, Out, Tokens
 from layers.mlp import MLP
 from layers.ops.tables import Table, asked, lookup
 from models.lm import LM, Stage
-from models.parameters import flatten
+from models.parameters import Spec, flatten
 from training.data import DataConfig
 from training.experiment import AdamW, Experiment, Mesh, Schedule, Train
 from training.flops import _inside
@@ -65,10 +66,13 @@ def run(steps=4, **changes):
     return states, said
 
 
+ADDRESSES = jax.jit(functools.partial(addresses, ENGRAM))
+
+
 def rows_of(seed: int) -> set[int]:
     """Rows that a batch asks for, padding aside: the layers here have the same hashes."""
-    layer, said = ENGRAM.build(D, rngs=nnx.Rngs(0)), batch(seed)
-    rows = np.asarray(layer.addresses(Tokens(jnp.asarray(said.ids_BT), jnp.asarray(said.pos_BT)))[0])
+    said = batch(seed)
+    rows = np.asarray(ADDRESSES(Tokens(said.ids_BT, said.pos_BT))[0])
     return set(rows[said.pos_BT >= 0].ravel().tolist())
 
 
@@ -135,6 +139,7 @@ def test_other_rows_stay_bit_for_bit():
                 assert (new[:, sorted(seen)] != old[:, sorted(seen)]).mean() > 0.6, (name, group)
 
 
+@pytest.mark.slow
 def test_rows_that_are_always_asked_for_have_the_usual_adam():
     """One word, a row of the batch whole: each step asks for the same rows, and the others have no gradient."""
     usual = dataclasses.replace(LAZY, lazy_tables=False)
@@ -180,27 +185,27 @@ def test_a_step_that_is_not_finite_changes_no_row():
 def test_nothing_is_as_large_as_a_table():
     """Of a step in donated buffers: XLA's temporary memory, and its operations, do not know the table's size."""
     sizes = {}
-    for lazy in (True, False):
-        for rows in (1000, 100_000):
-            engram = dataclasses.replace(ENGRAM, rows=rows)
-            model = LM(W=W, D=D, stages=(Stage((engram,), repeats=2),), tied=True)
-            experiment = Experiment("A test.", model, DataConfig(T=T, B=B), train=Train(clip=CLIP))
-            _, structure = flatten(jax.eval_shape(lambda model=model: model.build(rngs=nnx.Rngs(0))))
-            built = build_optimizer(dataclasses.replace(LAZY, lazy_tables=lazy), 50, CLIP, structure.specs)
-            params = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in structure.specs.items()}
-            state = jax.eval_shape(lambda p, e=experiment, b=built: init_state(e, p, b), params)
-            step = train_step(experiment, structure, built, np.ones(W, np.int32), None)
-            said = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0)))
-            memory = jax.jit(step, donate_argnums=0).lower(state, said).compile().memory_analysis()
-            sizes[lazy, rows] = memory.temp_size_in_bytes
+    for lazy, rows in ((True, 1000), (True, 100_000), (False, 100_000)):
+        engram = dataclasses.replace(ENGRAM, rows=rows)
+        model = LM(W=W, D=D, stages=(Stage((engram,), repeats=2),), tied=True)
+        experiment = Experiment("A test.", model, DataConfig(T=T, B=B), train=Train(clip=CLIP))
+        _, structure = flatten(jax.eval_shape(lambda model=model: model.build(rngs=nnx.Rngs(0))))
+        built = build_optimizer(dataclasses.replace(LAZY, lazy_tables=lazy), 50, CLIP, structure.specs)
+        params = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in structure.specs.items()}
+        state = jax.eval_shape(lambda p, e=experiment, b=built: init_state(e, p, b), params)
+        step = train_step(experiment, structure, built, np.ones(W, np.int32), None)
+        said = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch(0)))
+        memory = jax.jit(step, donate_argnums=0).lower(state, said).compile().memory_analysis()
+        sizes[lazy, rows] = memory.temp_size_in_bytes
     assert abs(sizes[True, 100_000] - sizes[True, 1000]) < 10_000
     assert sizes[False, 100_000] > 2 * 200_000 * 4 * 4  # what the usual step needs, so that the measure is one
 
 
 def test_averages_leave_the_tables_out():
-    states, _ = run(2, ema=0.5)
-    assert not set(NAMES) & states[-1]["ema"].keys() and "embed" in states[-1]["ema"]
-    assert states[-1]["ema"].keys() | set(NAMES) == states[-1]["params"].keys()
+    _, state, step = job(ema=0.5)
+    after, _ = jax.eval_shape(step, state, batch(0))
+    for held in (state, after):
+        assert held["ema"].keys() == held["params"].keys() - set(NAMES) and "embed" in held["ema"]
 
 
 def test_a_lazy_run_goes_on_bit_for_bit(tmp_path):
@@ -263,7 +268,27 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize("scan", ["never", pytest.param("always", marks=pytest.mark.slow)])
+def test_a_lookup_on_the_host():
+    """A step's look-up: what was fetched is on the device, the table is not."""
+    table = np.random.default_rng(0).normal(size=(2, 30, 4)).astype(np.float32)
+    layout = build_layout(Mesh(data=1, tables="host"), B)
+    spec = Spec((2, 30, 4), "LWK", False, False, "", True)
+    spread, lies = layout.spread({"t": spec})["t"], layout.params({"t": spec})["t"]
+    assert spread.host and lies.memory_kind == "pinned_host"
+    rows, slots = np.asarray([[3, 50, 0]], np.int32), np.ones([3, 4], np.float32)
+
+    def fetch(table, rows, slots):
+        return lookup(Table(table, jnp.int32(1), slots, spread), rows)
+
+    found = jax.jit(fetch, in_shardings=(lies, layout.batch, layout.replicated))(
+        jax.device_put(table, lies), rows, slots
+    )
+    assert found.sharding.memory_kind == "device"
+    np.testing.assert_array_equal(found, table[1, [[3, 29, 0]]] + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", ["never", "always"])
 def test_tables_on_the_host_are_the_same_run(tmp_path, scan):
     """Rows are fetched from there and written back there; tables, moments and counts never leave it, resumed or not."""
     engram = Engram(H=1, K=4, rows=150, conv=0)

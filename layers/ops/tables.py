@@ -68,7 +68,7 @@ def lookup(table: Array | Table, rows: Array) -> Array:
         raise ValueError("a table was looked up while it was set aside")
     if table.slots_NK is not None:
         array = jax.lax.stop_gradient(array)
-    spread = table.spread
+    spread, rows = table.spread, jnp.clip(rows, 0, array.shape[-2] - 1)
     if spread is not None and spread.host:
         repeat = None if table.repeat is None else jnp.broadcast_to(table.repeat, rows.shape)
         found = to_device(on_host(_fetch)(array, repeat, rows))
@@ -113,7 +113,6 @@ def _fetch_spread(array: Array, repeat: Array | None, rows: Array, spread: Sprea
         return jax.lax.psum_scatter(found, batch, tiled=True) if batch in axes else found
 
     whole = (None,) * (array.ndim - 2)
-    rows = jnp.clip(rows, 0, array.shape[-2] - 1)
     specs = (P(*whole, axes, None), None if repeat is None else P(), P(batch))
     return jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))(array, repeat, rows)
 
