@@ -1,6 +1,6 @@
 """Engram (Cheng et al. 2026, arXiv 2601.07372): what the last few tokens usually mean, looked up in a large table.
 
-    e_t = rows of a table at the hashes of the last 2, ..., N tokens, H of each        (layers/ops/ngram.py)
+    e_t = rows of a table at the hashes of the last 2, ..., N tokens, H of each        (layers/hashes.py)
     s = <RMSNorm(x_t), RMSNorm(W_K e_t)> / sqrt(D)        α = σ(sign(s) sqrt|s|)  or  σ(s)
     v = α W_V e_t        y_t = v + silu(conv(RMSNorm(v)))
 
@@ -9,27 +9,22 @@ apart and starts as zeros. The paper prints σ(s); its public demo takes the roo
 """
 
 import dataclasses
-import functools
-import hashlib
 import math
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
+from layers import hashes
 from layers.conv import ShortConv
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of
 from layers.norm import RMSNorm
-from layers.ops import ngram
-from layers.ops.chunk_loop import write
 from layers.ops.precision import wide
+from layers.ops.tables import asked, lookup
 
 LEAST = 1e-6  # of |s| under its root, as in the demo
-EVEN = 128  # rows of the table are a multiple of it, so that devices can share them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,40 +60,21 @@ class Engram(LayerConfig):
     multipliers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        positive(self, "W", "H", "K")
         one_of(self)
-        if self.N < 2:
-            raise ValueError(f"Engram.N is {self.N}: the shortest n-gram has 2 tokens, so it must be at least 2")
+        hashes.check(self)
         if self.conv < 0 or self.conv == 1:
             raise ValueError(f"Engram.conv is {self.conv}: it must be 0 (no convolution) or at least 2")
-        if self.W > ngram.MOST_WORDS:
-            raise ValueError(f"Engram.W is {self.W}: hashes are exact up to {ngram.MOST_WORDS} words")
-        if not 0 <= self.pad < self.W:
-            raise ValueError(f"Engram.pad is {self.pad}: it must be an id below W = {self.W}")
         if self.layer not in self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(f"Engram.layers is {self.layers}: it must hold layer = {self.layer}, and each once")
-        if len(self._rows) != self.N - 1 or min(self._rows) < 2 or max(self._rows) > ngram.MOST_ROWS // 2:
-            raise ValueError(
-                f"Engram.rows is {self.rows}: give one number, or {self.N - 1} for N = {self.N}, "
-                f"each from 2 to {ngram.MOST_ROWS // 2}"
-            )
-        if self.multipliers is not None and len(self.multipliers) != self.N:
-            raise ValueError(f"Engram.multipliers are {len(self.multipliers)}: they must be N = {self.N}")
-
-    @property
-    def _rows(self) -> tuple[int, ...]:
-        return (self.rows,) * (self.N - 1) if isinstance(self.rows, int) else self.rows
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "EngramLayer":
         return EngramLayer(self, D, rngs=rngs)
 
-    def hashes(self) -> "Hashes":
-        return _hashes(self)
+    def hashes(self) -> hashes.Hashes:
+        return hashes.hashes(self)
 
     def constants(self) -> dict[str, Any]:
-        known = self.hashes()
-        sha = None if known.canonical is None else hashlib.sha256(known.canonical.tobytes()).hexdigest()
-        return {"multipliers": list(known.multipliers), "primes": [list(p) for p in known.primes], "canonical": sha}
+        return hashes.constants(self.hashes())
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
@@ -106,35 +82,6 @@ class Engram(LayerConfig):
             cls(W=50, H=2, K=4, rows=50),
             cls(W=50, N=4, H=1, K=6, rows=(30, 40, 50), gate="plain", conv=0, layer=3, layers=(1, 3), pad=2),
         )
-
-
-class Hashes(NamedTuple):
-    """canonical: int32 [W], or None for the ids themselves. pad: the canonical one."""
-
-    multipliers: tuple[int, ...]
-    primes: tuple[tuple[int, ...], ...]
-    canonical: np.ndarray | None
-    pad: int
-
-    @property
-    def pairs(self) -> tuple[int, ...]:
-        return tuple(p for order in self.primes for p in order)
-
-
-@functools.lru_cache(maxsize=64)
-def _hashes(config: Engram) -> Hashes:
-    c, table, words = config, None, config.W
-    if c.canonical is not None:
-        try:
-            table = np.load(Path(c.canonical).expanduser(), allow_pickle=False).astype(np.int32)
-        except (OSError, ValueError) as why:
-            raise ValueError(f"Engram.canonical is {c.canonical!r}: cannot be read as an array ({why})") from None
-        if table.shape != (c.W,) or table.min() < 0:
-            raise ValueError(f"Engram.canonical is {c.canonical!r}: {table.shape} ids, not one for each of W = {c.W}")
-        words = int(table.max()) + 1
-    drawn = c.multipliers or ngram.multipliers(c.seed, c.layer, c.N, words)
-    pad = c.pad if table is None else int(table[c.pad])
-    return Hashes(drawn, ngram.primes(c._rows, c.H, c.layers)[c.layer], table, pad)
 
 
 class EngramState(NamedTuple):
@@ -147,9 +94,9 @@ class EngramState(NamedTuple):
 class EngramLayer(Layer):
     def __init__(self, config: Engram, D: int, *, rngs: nnx.Rngs):
         c, self.config = config, config
-        primes = c.hashes().pairs
-        F, rows = len(primes) * c.K, -(-sum(primes) // EVEN) * EVEN
-        table_WK = jax.random.normal(rngs.params(), [rows, c.K], jnp.float32) * F**-0.5
+        known = c.hashes()
+        F = len(known.pairs) * c.K
+        table_WK = jax.random.normal(rngs.params(), [known.rows, c.K], jnp.float32) * F**-0.5
         self.table = nnx.Param(table_WK, axes="WK", decay=False, table=True)
         self.key = Einsum("BTF,FD->BTD", F=F, D=D, rngs=rngs)
         self.value = Einsum("BTF,FD->BTD", F=F, D=D, scale=0.0 if c.identity else 1.0, residual=True, rngs=rngs)
@@ -169,34 +116,19 @@ class EngramLayer(Layer):
         if self.conv is not None and self.norm is not None:
             filtered, tail = self.conv(self.norm(v_BTD), pos, tail)
             y_BTD = y_BTD + jax.nn.silu(filtered)
-        return Out(y_BTD, None if state is None else EngramState(ids_BN, tail), {"gate": share})
+        said = {"gate": share, "rows/table": asked(rows_BTR, pos)}
+        return Out(y_BTD, None if state is None else EngramState(ids_BN, tail), said)
 
     def addresses(self, tokens: Tokens, before_BN: Array | None = None) -> tuple[Array, Array]:
         """(rows of the table [B, T, R] int32, the last N - 1 canonical ids); nothing but ids and places is read.
 
         before_BN: canonical ids of the tokens before.
         """
-        c, known, pos = self.config, self.config.hashes(), tokens.pos_BT
-        ids = jnp.clip(tokens.ids_BT, 0, c.W - 1)
-        if known.canonical is not None:
-            ids = jnp.take(jnp.asarray(known.canonical), ids)
-        if before_BN is None:
-            before_BN = jnp.full((ids.shape[0], c.N - 1), known.pad, jnp.int32)
-        # Without the padding that may lie between them, behind what came before.
-        valid = pos >= 0
-        rank_BT = jnp.cumsum(valid, 1, dtype=jnp.int32) - 1
-        seen = jnp.concatenate([before_BN, jnp.zeros_like(ids)], 1)
-        seen = write(seen, jnp.where(valid, rank_BT + c.N - 1, seen.shape[1]), ids)
-        back = [jnp.take_along_axis(seen, jnp.maximum(rank_BT, 0) + c.N - 1 - i, 1) for i in range(c.N)]
-        ids_NBT = jnp.stack([jnp.where(pos >= i, a, known.pad) for i, a in enumerate(back)])
-        first = np.cumsum([0, *known.pairs[:-1]]).astype(np.int32)
-        rows_BTR = ngram.rows(ids_NBT, known.multipliers, known.primes) + jnp.asarray(first)[None, None]
-        last = rank_BT[:, -1:] + 1 + jnp.arange(c.N - 1, dtype=jnp.int32)[None]
-        return rows_BTR, jnp.take_along_axis(seen, last, 1)
+        return hashes.addresses(self.config, tokens, before_BN)
 
     def lookup(self, rows_BTR: Array) -> Array:
         """[B, T, R K] in the table's dtype. Rows are in the table by what `addresses` is."""
-        e = jnp.take(self.table[...], rows_BTR, axis=0, mode="clip")
+        e = lookup(self.table[...], rows_BTR)
         return e.reshape(*e.shape[:2], -1)
 
     def fuse(self, x_BTD: Array, e_BTF: Array) -> tuple[Array, Array]:

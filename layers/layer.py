@@ -34,7 +34,8 @@ class Out(NamedTuple):
 
     y_BTD: the output, in the dtype of the input.
     state: structure, shapes and dtypes as they came; None for None.
-    aux: named arrays. `loss/...` scalars join the objective; metrics and probes read the rest.
+    aux: named arrays. `loss/...` scalars join the objective; `rows/NAME`, int32, are the rows that were looked up in
+        the table NAME, a Param of the layer (layers/ops/tables.py); metrics and probes read the rest.
     """
 
     y_BTD: Array

@@ -20,6 +20,7 @@ from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positi
 from layers.norm import LayerNorm, RMSNorm
 from layers.ops.precision import HIGHEST, wide
 from layers.ops.product_keys import product_keys, usage, weighted_sum
+from layers.ops.tables import Table, asked, lookup
 
 MOST_KEYS = 46_340  # whose square is the last below 2³¹
 
@@ -106,13 +107,21 @@ class ProductKeyMemoryLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: tuple[()] | None = None) -> Out:
         slot_BTR, weight_BTR = self.slots(x_BTD)
-        y_BTV = weighted_sum(self.values[...], slot_BTR, weight_BTR, self.config.shards).astype(x_BTD.dtype)
+        y_BTV = self.sum(slot_BTR, weight_BTR).astype(x_BTD.dtype)
         if self.gate is not None:
             y_BTV = y_BTV * jax.nn.silu(self.gate(x_BTD))
         live_BT1 = (tokens.pos_BT >= 0)[..., None]
         used, apart = usage(slot_BTR, jnp.where(live_BT1, jax.lax.stop_gradient(weight_BTR), 0), self.config.slots)
         said = {"used": used.astype(jnp.float32), "kl": apart.astype(jnp.float32)}
+        said["rows/values"] = asked(slot_BTR, tokens.pos_BT)
         return Out(y_BTV if self.out is None else self.out(y_BTV), state, said)
+
+    def sum(self, slot_BTR: Array, weight_BTR: Array) -> Array:
+        """sum over r of weight · values[slot], [B, T, V] in the dtype of the weights."""
+        values = self.values[...]
+        if isinstance(values, Table):  # lent for a look-up, which brings the rows themselves
+            return jnp.sum(weight_BTR[..., None] * lookup(values, slot_BTR).astype(weight_BTR.dtype), 2)
+        return weighted_sum(values, slot_BTR, weight_BTR, self.config.shards)
 
     def slots(self, x_BTD: Array) -> tuple[Array, Array]:
         """(rows of the table that each token reads [B, T, H top] int32, their weights in at least float32)."""

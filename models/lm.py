@@ -18,8 +18,10 @@ from jax import Array
 
 from layers.layer import LayerConfig, Out, Tokens, positive, take
 from layers.norm import RMSNorm
+from layers.ops.tables import put_back, set_aside
+from models.over_encoding import OverEncoding
 
-State = tuple[tuple[tuple[Any, ...], ...], ...]  # by stage, repeat, layer of the pattern
+State = tuple[Any, ...]  # by stage, repeat, layer of the pattern; then that of the embedding, where it has n-grams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class LM:
     remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "block" (each repeat whole).
     dtype: of activations and of matrix operands; parameters are float32.
     softcap: logits become softcap * tanh(logits / softcap).
+    ngrams: embed the n-grams that end in a word together with the word; None for words alone.
     """
 
     W: int
@@ -59,12 +62,13 @@ class LM:
     remat: Literal["none", "dots", "block"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     softcap: float | None = None
+    ngrams: OverEncoding | None = None
 
     def __post_init__(self):
         positive(self, "W", "D")
         if not self.stages:
             raise ValueError("LM.stages is empty: give it at least one Stage")
-        for layer in (layer for stage in self.stages for layer in stage.pattern):
+        for layer in (self.ngrams, *(layer for stage in self.stages for layer in stage.pattern)):
             words = getattr(layer, "W", self.W)
             if words != self.W:
                 raise ValueError(f"{type(layer).__name__}.W is {words}: it must be the model's, LM.W = {self.W}")
@@ -114,6 +118,7 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D], jnp.float32) * D**-0.5, axes="WD")
         self.stages: Any = nnx.List([self._stage(stage, rngs) for stage in config.stages])
         self.norm = RMSNorm(D, eps=config.norm_eps)
+        self.ngrams = None if config.ngrams is None else config.ngrams.build(D, rngs=rngs)
         self.head = None if config.tied else nnx.Param(jnp.zeros([W, D], jnp.float32), axes="WD")
 
     def _stage(self, stage: Stage, rngs: nnx.Rngs) -> Block:
@@ -135,11 +140,12 @@ class LanguageModel(nnx.Module):
         return block
 
     def init_state(self, B: int, T: int) -> State:
-        """Empty memories for B sequences of at most T tokens: by stage, repeat and layer."""
-        return tuple(
+        """Empty memories for B sequences of at most T tokens: by stage, repeat and layer; then the embedding's."""
+        stages = tuple(
             tuple(tuple(layer.init_state(B, T) for layer in block.layers) for block in _apart(blocks, stage))
             for blocks, stage in zip(self.stages, self.config.stages, strict=True)
         )
+        return stages if self.ngrams is None else (*stages, self.ngrams.init_state(B))
 
     def unstacked(self) -> "LanguageModel":
         """The same model with the repeats of each stage laid out apart, so that a decoding loop copies no weights."""
@@ -162,7 +168,7 @@ class LanguageModel(nnx.Module):
         a state: ValueError, since all of the tokens have to be remembered.
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
         still advance); ValueError for a name that no layer has. aux: each layer's, as "stage.repeat.layer/name"; a
-        scanned stage's as "stage.*.layer/name", stacked.
+        scanned stage's as "stage.*.layer/name", stacked; the embedding's as "ngrams/name".
         """
         config = self.config
         check_skip(config, skip)
@@ -175,6 +181,11 @@ class LanguageModel(nnx.Module):
         x_BTD = jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype) * jnp.asarray(config.D**0.5, dtype)
         after: list[Any] = []
         aux: dict[str, Array] = {}
+        seen: tuple[Any, ...] = ()
+        if self.ngrams is not None:
+            out = self.ngrams(x_BTD, tokens, None if state is None else state[-1])
+            x_BTD, seen = out.y_BTD, (out.state,)
+            aux |= {f"ngrams/{name}": value for name, value in out.aux.items()}
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
@@ -182,7 +193,7 @@ class LanguageModel(nnx.Module):
             x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, at_BN if ends else None)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
-        return Out(self.norm(x_BTD), None if state is None else tuple(after), aux)
+        return Out(self.norm(x_BTD), None if state is None else (*after, *seen), aux)
 
     def _run(
         self,
@@ -197,8 +208,10 @@ class LanguageModel(nnx.Module):
         config = self.config
         scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
 
+        tables, blocks = set_aside(blocks)  # a scan, or a cut by repeats, would copy them
+
         def call(block, x_BTD, states, keep, at_BN):
-            return block(x_BTD, tokens, states, keep, at_BN)
+            return put_back(tables, block)(x_BTD, tokens, states, keep, at_BN)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -260,16 +273,15 @@ def _apart(blocks: Any, stage: Stage) -> list[Block]:
     return [block_of(arrays) for arrays in unstack(own, stage.repeats)]
 
 
-def _own(blocks: Block) -> tuple[list[Array], Callable[[list[Array]], Block]]:
-    """What each repeat has for itself, stacked; and how one repeat's arrays, with what is shared, make its block."""
-    arrays, structure = jax.tree.flatten(blocks)
-    shared = [_is_shared(variable) for variable in _variables(blocks)]
+def _own(blocks: Block) -> tuple[list[nnx.Variable], Callable[[list[nnx.Variable]], Block]]:
+    """What each repeat has for itself, stacked; and how one repeat's, with what is shared, makes its block."""
+    variables, structure = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    def block_of(own: list[Array]) -> Block:
+    def block_of(own: list[nnx.Variable]) -> Block:
         rest = iter(own)
-        return jax.tree.unflatten(structure, [a if s else next(rest) for a, s in zip(arrays, shared, strict=True)])
+        return jax.tree.unflatten(structure, [v if _is_shared(v) else next(rest) for v in variables])
 
-    return [a for a, s in zip(arrays, shared, strict=True) if not s], block_of
+    return [v for v in variables if not _is_shared(v)], block_of
 
 
 def _variables(module: Any) -> list[nnx.Variable]:
@@ -285,6 +297,19 @@ def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
     names = [[(f"{index}.{r}.{i}", f"{index}.*.{i}") for i in range(len(stage.pattern))] for r in range(stage.repeats)]
     keep = [[not set(pair) & set(skip) for pair in row] for row in names]
     return None if all(map(all, keep)) else jnp.array(keep)
+
+
+def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:
+    """What `hidden`'s aux says of look-ups: the rows of each table by parameter's name, an array for each repeat."""
+    found: dict[str, list[Array]] = {}
+    for place, said in aux.items():
+        where, _, name = place.partition("/rows/")
+        if name and where == "ngrams":
+            found[f"ngrams.{name}"] = [said]
+        elif name:
+            stage, repeat, layer = where.split(".")
+            found.setdefault(f"stages.{stage}.layers.{layer}.{name}", []).extend(said if repeat == "*" else [said])
+    return found
 
 
 def check_skip(config: LM, skip: tuple[str, ...]) -> None:

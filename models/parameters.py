@@ -4,11 +4,16 @@ Training, checkpoints and layouts deal in these dicts: flattening a module costs
 a step is given the dict and puts the module together while it is traced.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax import Array
+
+from layers.ops.tables import Spread, Table
 
 Params = dict[str, Array]
 
@@ -25,13 +30,21 @@ class Spec(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """All of a module but its arrays."""
+    """All of a module but its arrays. spread: of the tables that are looked up with regard to where their rows lie."""
 
     treedef: Any
     specs: dict[str, Spec]
+    spread: Mapping[str, Spread] = MappingProxyType({})
 
-    def module(self, params: Params) -> Any:
-        return jax.tree.unflatten(self.treedef, [params[name] for name in self.specs])
+    def module(self, params: Mapping[str, Any]) -> Any:
+        """params: arrays by name, or tables as they are lent."""
+        return jax.tree.unflatten(self.treedef, [self._lent(name, params[name]) for name in self.specs])
+
+    def _lent(self, name: str, param: Any) -> Any:
+        if name not in self.spread:
+            return param
+        table = param if isinstance(param, Table) else Table(param)
+        return dataclasses.replace(table, spread=self.spread[name])
 
 
 def _is_variable(x: Any) -> bool:

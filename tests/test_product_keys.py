@@ -102,7 +102,8 @@ def test_padding_uses_no_slot():
     x_BTD, said = stream(T).astype(np.float32), tokens(np.stack([pad(places(T), (4, T))] * B))
     aux = jax.jit(lambda x_BTD, said: layer(x_BTD, said).aux, compiler_options=QUICK)
     whole, padded = aux(x_BTD[:, :4], Tokens(*(a[:, :4] for a in said))), aux(x_BTD, said)
-    assert {name: float(a) for name, a in padded.items()} == pytest.approx({n: float(a) for n, a in whole.items()})
+    scalars = [{n: float(a) for n, a in said.items() if not n.startswith("rows/")} for said in (padded, whole)]
+    assert scalars[0] == pytest.approx(scalars[1])
     assert 0 < float(whole["used"]) < 1 and 0 < float(whole["kl"]) < math.log(36)
 
 

@@ -22,7 +22,7 @@ from models.parameters import flatten
 from training.data import DataConfig
 from training.experiment import AdamW, Experiment, Muon, Schedule, Train
 from training.flops import count_flops
-from training.optimizer import build_optimizer, learning_rate
+from training.optimizer import Optimizer, build_optimizer, learning_rate
 from training.step import DeviceBatch, eval_step, init_state, train_step
 from training.summary import flops_per_token
 
@@ -187,7 +187,7 @@ def test_a_batch_that_asks_nothing_is_no_accident():
 def test_bfloat16_steps():
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     experiment = Experiment("A test.", model, DataConfig(T=T, B=B))
-    optimizer = optax.sgd(1.0)
+    optimizer = Optimizer(*optax.sgd(1.0))
     step = train_step(experiment, structure_of(model), optimizer, TOKEN_BYTES, None)
     state = jax.eval_shape(lambda: init_state(experiment, start(), optimizer))
     after, metrics = jax.eval_shape(step, state, batch())

@@ -1,9 +1,9 @@
 """An experiment on paper: what is trained, on what, how, and over which devices."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from layers.layer import positive
+from layers.layer import one_of, positive
 from models.lm import LM
 from training.data import DataConfig
 
@@ -12,6 +12,16 @@ def _above_zero(config: object, *fields: str) -> None:
     for field in fields:
         if not getattr(config, field) > 0:
             raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
+
+
+def _check_tables(config: Any) -> None:
+    one_of(config)
+    if config.lazy_tables and config.tables != "adam":
+        name = type(config).__name__
+        raise ValueError(
+            f"{name}.lazy_tables is True and {name}.tables {config.tables!r}, which balances all rows of a table "
+            'against each other: use "adam"'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +50,12 @@ class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101); norms, biases and gates' constants do not decay.
 
     table_lr: of tables that are looked up (Engram, product keys), in units of lr; they do not decay either.
+    tables: "adam"; or "sinkhorn", momentum with steps balanced over rows and columns, of half the memory
+        (training/sinkhorn.py).
+    lazy_tables: a step touches the rows that its batch looks up and no others, in time and memory that do not grow with
+        the table (training/lazy.py). Each row then has an Adam of its own, which rests while the row is not asked for;
+        in the usual Adam, which counts a row's gradient as 0 then, such rows go on moving. Train.ema leaves those
+        tables out.
     """
 
     lr: float = 3e-3
@@ -48,10 +64,13 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    tables: Literal["adam", "sinkhorn"] = "adam"
+    lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
         _above_zero(self, "lr", "table_lr")
+        _check_tables(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +79,7 @@ class Muon:
 
     lr: of the matrices; their updates are scaled to a root mean square of 0.2 lr, so that it reads as an AdamW rate
     (arXiv 2502.16982). adam_lr: of all else; None for lr. table_lr: of tables, as in AdamW, in units of adam_lr.
+    tables, lazy_tables: as in AdamW.
     """
 
     lr: float = 5e-3
@@ -69,10 +89,13 @@ class Muon:
     b2: float = 0.95
     weight_decay: float = 0.1
     table_lr: float = 5.0
+    tables: Literal["adam", "sinkhorn"] = "adam"
+    lazy_tables: bool = False
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
         _above_zero(self, "lr", "table_lr")
+        _check_tables(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +147,18 @@ class Mesh:
 
     data, model: devices along each axis; -1 for all that are left.
     layout: "replicated"; "fsdp" (widths over `data`); "tensor" (heads, hidden and words over `model`); "fsdp+tensor".
+        The rows of tables that are looked up lie over all axes that a layout names.
+    tables: "host" keeps tables and their moments in the host's memory, and sends rows; with optimizer.lazy_tables, and
+        one device.
     """
 
     data: int = -1
     model: int = 1
     layout: Literal["replicated", "fsdp", "tensor", "fsdp+tensor"] = "replicated"
+    tables: Literal["device", "host"] = "device"
+
+    def __post_init__(self):
+        one_of(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,4 +182,9 @@ class Experiment:
         if self.data.B % self.train.accumulate:
             raise ValueError(
                 f"train.accumulate is {self.train.accumulate}, which does not divide data.B = {self.data.B}"
+            )
+        if self.mesh.tables == "host" and not self.optimizer.lazy_tables:
+            raise ValueError(
+                "mesh.tables is 'host', where a step can reach only the rows of its batch: set "
+                "optimizer.lazy_tables to True"
             )

@@ -76,6 +76,8 @@ def _fields(info: StructTypeInfo) -> StructConstructorSpec | None:
         if _is_config(value):
             metadata = getattr(hint, "__metadata__", ())
             hint = Annotated[(type(value), *metadata)] if metadata else type(value)
+        elif value is None and any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            hint = None  # without a config to take flags from, there is nothing to choose
         text = helps.get(field.name) or (_summary(type(value)) if _is_config(value) else "")
         specs.append(StructFieldSpec(field.name, hint, value, text))
     return StructConstructorSpec(lambda **values: kind(**values), tuple(specs))

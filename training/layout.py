@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from layers.ops.tables import Spread
 from models.parameters import Spec
 from training.experiment import Mesh
 
@@ -17,14 +18,40 @@ RULES = {  # the first letter of a parameter that has a rule and divides takes t
     "tensor": {"H": "model", "G": "model", "F": "model", "W": "model"},
     "fsdp+tensor": {"H": "model", "G": "model", "F": "model", "W": "model", "D": "data"},
 }
+BATCH = "data"  # the axis of the batch's rows
+HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """host: tables that are looked up, and what an optimiser has for their rows, lie in the host's memory."""
+
     mesh: jax.sharding.Mesh
     rules: dict[str, str]
+    host: bool = False
+
+    def rows(self, spec: Spec) -> tuple[str, ...]:
+        """The mesh axes that share a table's rows: all that the rules name, as far as they divide."""
+        for axes in (self._named, self._named[1:]):
+            if spec.shape[-2] % math.prod(self.mesh.shape[a] for a in axes) == 0:
+                return axes
+        return ()
+
+    @property
+    def _named(self) -> tuple[str, ...]:
+        return tuple(a for a in ("data", "model") if a in self.rules.values() and self.mesh.shape[a] > 1)
+
+    def spread(self, specs: dict[str, Spec]) -> dict[str, Spread]:
+        """The tables that a look-up has to know the place of: on the host, or with rows on the axis of the batch, which
+        the partitioner might gather whole."""
+        if self.host:
+            return {name: Spread(self.mesh, (), BATCH, host=True) for name, spec in specs.items() if spec.table}
+        rows = {name: self.rows(spec) for name, spec in specs.items() if spec.table}
+        return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if BATCH in axes}
 
     def spec(self, spec: Spec) -> PartitionSpec:
+        if spec.table:
+            return PartitionSpec(*[None] * (len(spec.shape) - 2), self.rows(spec) or None, None)
         taken: set[str] = set()
         parts: list[str | None] = []
         for letter, size in zip(spec.axes, spec.shape, strict=True):
@@ -36,17 +63,23 @@ class Layout:
                 parts.append(axis)
         return PartitionSpec(*parts)
 
+    def _place(self, spec: Spec, axes: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, axes, memory_kind=HOST if spec.table and self.host else None)
+
     def params(self, specs: dict[str, Spec]) -> dict[str, NamedSharding]:
-        return {name: NamedSharding(self.mesh, self.spec(spec)) for name, spec in specs.items()}
+        return {name: self._place(spec, self.spec(spec)) for name, spec in specs.items()}
 
     def like(self, tree: Any, specs: dict[str, Spec]) -> Any:
-        """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape."""
+        """Shardings for a tree of arrays that mirror parameters (moments, averages): found by their name and shape, or,
+        of what a table has for each of its rows, by that without its last axis."""
 
         def place(path: Any, leaf: Any) -> NamedSharding:
             for key in reversed(path):
                 spec = specs.get(getattr(key, "key", getattr(key, "name", "")))
                 if spec is not None and spec.shape == tuple(leaf.shape):
-                    return NamedSharding(self.mesh, self.spec(spec))
+                    return self._place(spec, self.spec(spec))
+                if spec is not None and spec.table and spec.shape[:-1] == tuple(leaf.shape):
+                    return self._place(spec, PartitionSpec(*self.spec(spec)[:-1]))
             return self.replicated
 
         return jax.tree_util.tree_map_with_path(place, tree)
@@ -57,15 +90,17 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Rows over `data`."""
-        return NamedSharding(self.mesh, PartitionSpec("data"))
+        """The batch's rows over `data`."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
     def report(self, specs: dict[str, Spec]) -> list[str]:
         """What stays whole although a rule names one of its letters, and why."""
         lines = []
         for name, spec in specs.items():
             ruled = [a for a in spec.axes if a in self.rules and self.mesh.shape[self.rules[a]] > 1]
-            if ruled and not any(self.spec(spec)):
+            if spec.table and self._named and not self.rows(spec):
+                lines.append(f"{name} is replicated: W = {spec.shape[-2]} does not divide over {self._named[-1]}")
+            elif not spec.table and ruled and not any(self.spec(spec)):
                 sizes = ", ".join(f"{a} = {spec.shape[spec.axes.index(a)]}" for a in ruled)
                 lines.append(f"{name} is replicated: {sizes} does not divide over {self.rules[ruled[0]]}")
         return lines
@@ -89,4 +124,8 @@ def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layo
         raise ValueError(f"data.B is {B}, which does not divide over mesh.data = {sizes['data']}: choose a multiple")
     count = sizes["data"] * sizes["model"]
     grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
-    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout])
+    if config.tables == "host" and count > 1:
+        raise ValueError(f"mesh.tables is 'host', for a mesh of one device, and this has {count}: set mesh.data to 1")
+    if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
+        raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
+    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout], config.tables == "host")

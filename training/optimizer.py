@@ -1,6 +1,6 @@
 """An optimiser from its config, over parameters by name."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -8,6 +8,16 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from models.parameters import Spec
 from training.experiment import AdamW, Muon, Schedule
+from training.lazy import LazyAdam
+from training.sinkhorn import sinkhorn_momentum
+
+
+class Optimizer(NamedTuple):
+    """As optax has it, over parameters by name. lazy: what trains the tables, which are then none of its business."""
+
+    init: Any
+    update: Any
+    lazy: LazyAdam | None = None
 
 
 def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule:
@@ -27,15 +37,23 @@ def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule
     return optax.join_schedules([rise, after], [warmup])
 
 
-def build_optimizer(
-    config: AdamW | Muon, steps: int, clip: float | None, specs: dict[str, Spec]
-) -> optax.GradientTransformation:
+def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs: dict[str, Spec]) -> Optimizer:
     """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`).
 
     Tables that are looked up have a norm of their own, so that few rows with large gradients do not rescale the rest,
-    and Adam at `table_lr` times the rate (Engram, arXiv 2601.07372).
+    and Adam, or what `config.tables` says, at `table_lr` times the rate (Engram, arXiv 2601.07372).
     """
     tables = {name for name, spec in specs.items() if spec.table}
+    eps = config.eps if isinstance(config, AdamW) else 1e-8
+    adam_lr = config.lr if isinstance(config, AdamW) else config.adam_lr or config.lr
+    lazy = None
+    if tables and config.lazy_tables:
+        rate = learning_rate(adam_lr * config.table_lr, config.schedule, steps)
+        lazy = LazyAdam(
+            {name: specs[name] for name in specs if name in tables},
+            rate, config.b1, config.b2, eps, config.weight_decay, clip,
+        )  # fmt: skip
+        specs, tables = {name: spec for name, spec in specs.items() if not spec.table}, set()
 
     def decayed(params: Any) -> Any:  # of the parameters that a part of the optimiser is given
         return {name: specs[name].decay for name in params}
@@ -44,12 +62,12 @@ def build_optimizer(
         schedule = learning_rate(lr, config.schedule, steps)
         return optax.adamw(schedule, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
 
-    eps = config.eps if isinstance(config, AdamW) else 1e-8
-    adam_lr = config.lr if isinstance(config, AdamW) else config.adam_lr or config.lr
     parts = {"adam": adam(adam_lr, eps)}
     kinds = dict.fromkeys(specs, "adam") | dict.fromkeys(tables, "table")
     if tables:
-        parts["table"] = adam(adam_lr * config.table_lr, eps)
+        schedule = learning_rate(adam_lr * config.table_lr, config.schedule, steps)
+        sinkhorn = config.tables == "sinkhorn"
+        parts["table"] = sinkhorn_momentum(schedule) if sinkhorn else adam(adam_lr * config.table_lr, eps)
     if isinstance(config, Muon):
         # optax's muon would train the rest too, but decay all of it: it is given the matrices alone.
         matrices = {name: numbers for name, spec in specs.items() if (numbers := _dimensions(spec)) is not None}
@@ -78,7 +96,7 @@ def build_optimizer(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its step counts with floats
             return optimizer.update(grads, state, params)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return Optimizer(optimizer.init, update, lazy)
 
 
 def _dimensions(spec: Spec) -> MuonDimensionNumbers | None:

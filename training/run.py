@@ -36,7 +36,7 @@ from training.layout import Layout, build_layout
 from training.lock import RunLock
 from training.log import METRICS, Log, Progress
 from training.optimizer import build_optimizer, learning_rate
-from training.step import eval_step, init_state, train_step
+from training.step import eval_step, init_state, shown, train_step
 from training.stop import Stop
 from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes
 
@@ -61,11 +61,6 @@ class Job:
     init: Any
     step: Any
     evaluate: Any
-
-    @property
-    def shown(self) -> str:
-        """Which parameters are evaluated and sampled."""
-        return "params" if self.experiment.train.ema is None else "ema"
 
 
 @contextlib.contextmanager
@@ -108,7 +103,8 @@ def prepare(experiment: Experiment) -> Job:
     abstract = jax.eval_shape(init, key)
     shardings = layout.like(abstract, structure.specs)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    step = train_step(experiment, structure, optimizer, dataset.token_bytes, dataset.labelled)
+    laid_out = structure._replace(spread=layout.spread(structure.specs))
+    step = train_step(experiment, laid_out, optimizer, dataset.token_bytes, dataset.labelled)
     return Job(
         experiment,
         dataset,
@@ -118,7 +114,7 @@ def prepare(experiment: Experiment) -> Job:
         state,
         init=functools.partial(jax.jit(init, out_shardings=shardings), key),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
-        evaluate=jax.jit(eval_step(structure, dataset.token_bytes, dataset.labelled)),
+        evaluate=jax.jit(eval_step(laid_out, dataset.token_bytes, dataset.labelled)),
     )
 
 
@@ -153,12 +149,16 @@ def load_model(run: Path | str, step: int | None = None) -> tuple[LanguageModel,
     experiment = settings.load(settings.locate(str(run)))
     model = jax.eval_shape(functools.partial(_build, experiment), jax.random.key(0))
     params, structure = flatten(model)
-    group = "params" if experiment.train.ema is None else "ema"
+    asked = {"params": params}
+    if experiment.train.ema is not None:
+        lazy = {name for name, spec in structure.specs.items() if spec.table and experiment.optimizer.lazy_tables}
+        averages = {name: p for name, p in params.items() if name not in lazy}
+        asked = {"ema": averages} | (asked if lazy else {})
     with Checkpoints(run / "checkpoints", writable=False) as checkpoints:
-        found = checkpoints.restore({group: params}, step)
+        found = checkpoints.restore(asked, step)
     if found is None:
         raise CheckpointError(f"{run} has no checkpoint yet: train it first, python train.py {run}")
-    return structure.module(found[1][group]), experiment, experiment.data.build()
+    return structure.module(shown(found[1])), experiment, experiment.data.build()
 
 
 @_one_line()
@@ -232,7 +232,7 @@ def _loop(
         checkpoints.save(step, flatten_state(state), _meta(job, step), metric)
 
     def judge(step: int, progress: Progress) -> dict[str, Any]:
-        found = evaluate(job.evaluate, state[job.shown], job.dataset.held_out(train.eval_batches))
+        found = evaluate(job.evaluate, shown(state), job.dataset.held_out(train.eval_batches))
         log.write(step, {"kind": "eval", **found})
         said = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
         progress.print(f"step {step}/{train.steps}  held out  {said}")
@@ -290,8 +290,10 @@ def _loop(
         checkpoints.wait()
     if start == train.steps:
         console.print(f"{run} is done: nothing is left to train", markup=False, highlight=False, soft_wrap=True)
-        evaluation = evaluate(job.evaluate, state[job.shown], job.dataset.held_out(train.eval_batches))
-    params: Params = state[job.shown]
+        evaluation = evaluate(job.evaluate, shown(state), job.dataset.held_out(train.eval_batches))
+    params: Params = shown(state)
+    if job.layout.host:  # whoever is handed the model looks up tables on the device
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params))
     return Outcome(
         status="done", step=train.steps, evaluation=evaluation, model=job.structure.module(params), dataset=job.dataset
     )
@@ -386,7 +388,8 @@ def _meta(job: Job, step: int) -> dict[str, Any]:
 
 def _constants(experiment: Experiment) -> dict[str, Any]:
     """What layers compute with besides config and parameters, by their place in the model."""
-    return {
+    ngrams = experiment.model.ngrams
+    return ({} if ngrams is None else {"ngrams": ngrams.constants()}) | {
         f"stages.{s}.pattern.{i}": said
         for s, stage in enumerate(experiment.model.stages)
         for i, layer in enumerate(stage.pattern)

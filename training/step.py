@@ -11,9 +11,12 @@ import optax
 from jax import Array
 
 from layers.layer import Tokens
+from models.lm import rows_read
 from models.loss import ASK_NOTHING, score_tokens
 from models.parameters import Params, Structure
 from training.experiment import Experiment
+from training.lazy import Read
+from training.optimizer import Optimizer
 
 
 class DeviceBatch(NamedTuple):
@@ -24,23 +27,49 @@ class DeviceBatch(NamedTuple):
     labels_BT: Array
 
 
-State = dict[str, Any]  # params, opt, counters, and ema where there is one
+State = dict[str, Any]  # params, opt, counters; tables, of which an optimiser reads few rows; ema where there is one
 LOG2 = float(np.log(2))
 
 
-def init_state(experiment: Experiment, params: Params, optimizer: optax.GradientTransformation) -> State:
+Sums = tuple[Array, dict[str, Array], Params]
+Looked = tuple[dict[str, Array], Params]
+
+
+class Trained(NamedTuple):
+    """What a step differentiates: parameters, and the zeros that stand for rows of lent tables."""
+
+    params: Params
+    slots: Params | None
+
+
+class Said(NamedTuple):
+    """sums: scalars by name. rows: those of lent tables, by repeat."""
+
+    sums: dict[str, Array]
+    rows: dict[str, list[Array]]
+
+
+def init_state(experiment: Experiment, params: Params, optimizer: Optimizer) -> State:
     """The state before the first step. counters, int32: `step`, `skipped` (bad steps in all), `bad` (in a row)."""
     counters = {name: jnp.zeros([], jnp.int32) for name in ("step", "skipped", "bad")}
-    state = {"params": params, "opt": optimizer.init(params), "counters": counters}
+    tables, rest = ({}, params) if optimizer.lazy is None else optimizer.lazy.apart(params)
+    state = {"params": params, "opt": optimizer.init(rest), "counters": counters}
+    if optimizer.lazy is not None:
+        state["tables"] = optimizer.lazy.init(tables)
     if experiment.train.ema is not None:
-        state["ema"] = jax.tree.map(jnp.copy, params)
+        state["ema"] = jax.tree.map(jnp.copy, rest)
     return state
+
+
+def shown(state: State) -> Params:
+    """The parameters to evaluate and to sample from: averages where there are any."""
+    return {**state.get("params", {}), **state.get("ema", {})}
 
 
 def train_step(
     experiment: Experiment,
     structure: Structure,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     token_bytes: np.ndarray,
     labelled: int | None,
 ) -> Callable[[State, DeviceBatch], tuple[State, dict[str, Array]]]:
@@ -49,53 +78,72 @@ def train_step(
     The loss is the mean over the labelled positions of the whole batch, however it is cut into parts. A step with a
     non-finite loss or gradient leaves parameters, optimiser and average as they were, and is counted.
     """
-    train, ema = experiment.train, experiment.train.ema
+    train, ema, lazy = experiment.train, experiment.train.ema, optimizer.lazy
 
-    def objective(params: Params, batch: DeviceBatch, asked: Array) -> tuple[Array, dict[str, Array]]:
-        model = structure.module(params)
+    def objective(trained: Trained, tables: Params, batch: DeviceBatch, asked: Array) -> tuple[Array, Said]:
+        """tables: those that are not differentiated; but what is read of them is, through trained.slots."""
+        lent: dict[str, Any] = {} if lazy is None else lazy.lend(tables, trained.slots)
+        model = structure.module({**trained.params, **lent})
         s, aux = score_tokens(model, Tokens(batch.ids_BT, batch.pos_BT), batch.labels_BT, labelled=labelled)
         nll = jnp.sum(s.nll)
         loss = nll / asked + train.z_loss * jnp.sum(s.squared_log_z) / asked
         extra: dict[str, Array] = {}
         for name, value in aux.items():
-            if name.split("/", 1)[1].startswith("loss/"):
+            kind = name.split("/", 1)[1]
+            if kind.startswith("loss/"):
                 extra[name] = jnp.sum(value.astype(jnp.float32))  # of a scanned stage: the sum over its repeats
                 loss = loss + extra[name] / train.accumulate
-            elif value.dtype != jnp.bool_:
+            elif value.dtype != jnp.bool_ and not kind.startswith("rows/"):
                 extra[name] = jnp.mean(value.astype(jnp.float32))
         text = jnp.sum(jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked)
-        return loss, {"nll": nll, "correct": jnp.sum(s.correct), "bytes": text} | {
+        sums = {"nll": nll, "correct": jnp.sum(s.correct), "bytes": text} | {
             f"aux/{name}": value / train.accumulate for name, value in extra.items()
         }
+        return loss, Said(sums, {} if lazy is None else rows_read(aux))
 
-    def gradients(params: Params, batch: DeviceBatch) -> tuple[tuple[Array, dict[str, Array]], Params]:
-        asked = _asked(batch)
+    def slopes(params: Params, tables: Params, batch: DeviceBatch, asked: Array) -> tuple[Sums, Looked]:
+        """(what adds up over the parts of a batch: loss, sums and gradients; what does not: rows and their slopes)"""
+        slots: Params = {}
+        if lazy is not None:
+            abstract = jax.eval_shape(objective, Trained(params, None), tables, batch, asked)
+            slots = lazy.slots(abstract[1].rows)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
+        (loss, said), grads = value_and_grad(Trained(params, slots), tables, batch, asked)
+        looked = ({}, {}) if lazy is None else (lazy.keys(said.rows), grads.slots)
+        return (loss, said.sums, grads.params), looked
+
+    def gradients(params: Params, tables: Params, batch: DeviceBatch) -> tuple[Sums, Looked]:
+        asked = _asked(batch)
         if train.accumulate == 1:
-            return value_and_grad(params, batch, asked)
+            return slopes(params, tables, batch, asked)
         # Every n-th row makes a part: where rows are split over devices, each has its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(total: Any, part: DeviceBatch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, asked)), None
+        def add(total: Any, part: DeviceBatch) -> tuple[Any, Any]:
+            sums, looked = slopes(params, tables, part, asked)
+            return jax.tree.map(jnp.add, total, sums), looked
 
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), asked)
+        shapes, _ = jax.eval_shape(slopes, params, tables, jax.tree.map(lambda x: x[0], parts), asked)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, zeros, parts)
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, Array]]:
         chex.assert_rank(batch, 2)
         chex.assert_equal_shape(batch)
-        params = state["params"]
-        (loss, said), grads = gradients(params, batch)
-        norm = optax.tree.norm(grads)
+        tables, params = ({}, state["params"]) if lazy is None else lazy.apart(state["params"])
+        (loss, said, grads), looked = gradients(params, tables, batch)
+        reads: dict[str, Read] = {} if lazy is None else lazy.read(*looked)
+        norm = optax.tree.norm((grads, [read.slopes_NK for read in reads.values()]))
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt = optimizer.update(grads, state["opt"], params)
         new = {"params": optax.apply_updates(params, updates), "opt": opt}
         if ema is not None:
             new["ema"] = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state["ema"], new["params"])
-        kept = {name: state[name] for name in new}
+        kept = {name: state[name] for name in new} | {"params": params}
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
+        if lazy is not None:
+            after, new["tables"] = lazy.update(reads, state["tables"], tables, good, structure.spread)
+            new["params"] = {name: (after if name in after else new["params"])[name] for name in state["params"]}
         old, bad = state["counters"], 1 - good.astype(jnp.int32)
         new["counters"] = {
             "step": old["step"] + 1,

@@ -64,6 +64,9 @@ def show(
     table = Table("layer", "repeats", "parameters", "state, bytes a sequence", title=escape(experiment.description))
     table.add_row("embedding", "", f"{config.W * config.D:,}", "")
     states = jax.eval_shape(lambda model: model.init_state(1, experiment.data.T), model)
+    if config.ngrams is not None:
+        count = parameter_count({n: p for n, p in specs.items() if n.startswith("ngrams.")})
+        table.add_row("n-grams", "", f"{count:,}", f"{bytes_of(states[-1]):,}")
     for s, stage in enumerate(config.stages):
         for i, layer in enumerate(stage.pattern):
             count = parameter_count({n: p for n, p in specs.items() if n.startswith(f"stages.{s}.layers.{i}.")})

@@ -1,0 +1,147 @@
+"""Tables that are looked up: rows [...] of a table [W, K] -> [..., K].
+
+A layer says `lookup(self.table[...], rows)` and no more. What stands in `self.table` is the array; or, in a training
+step that must not handle anything as large as the table, a `Table` that the step lends in its place.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.compute_on import compute_on
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+
+class Spread(NamedTuple):
+    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost; those of a batch over `batch`.
+
+    host: the table lies whole in the host's memory, of a mesh of one device.
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    batch: str
+    host: bool = False
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("array", "repeat", "slots_NK"), meta_fields=("spread",)
+)
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as it is lent to a layer for a look-up.
+
+    array: [W, K]; or [L, W, K], those of all repeats of a stage, of which `repeat` (an int32 scalar) is the layer's.
+        None where `set_aside` took it out.
+    slots_NK: zeros, one for each row of the look-up, that are added to what is fetched. They are what is
+        differentiated: the table is not, so that no gradient has its size.
+    spread: where its rows lie, if the look-up itself is to see to it that they stay there. Where rows and batch are
+        split over one axis, XLA's partitioner may gather the table, and the gradient's sum too.
+    """
+
+    array: Array | None
+    repeat: Array | None = None
+    slots_NK: Array | None = None
+    spread: Spread | None = None
+
+    def __getitem__(self, index: Any) -> "Table":
+        """`table[...]`, as of a Param with an array."""
+        if index is not ...:
+            raise TypeError("a table that is lent is read by layers.ops.tables.lookup alone")
+        return self
+
+
+def lookup(table: Array | Table, rows: Array) -> Array:
+    """Rows of a table, in its dtype. rows: int32 [...], held within the table. Returns [..., K].
+
+    A `Table` with slots answers one look-up a call of the layer: a layer that asks twice asks for both at once.
+    """
+    if not isinstance(table, Table):
+        return jnp.take(table, rows, axis=0, mode="clip")
+    array = table.array
+    if array is None:
+        raise ValueError("a table was looked up while it was set aside")
+    if table.slots_NK is not None:
+        array = jax.lax.stop_gradient(array)
+    spread, rows = table.spread, jnp.clip(rows, 0, array.shape[-2] - 1)
+    if spread is not None and spread.host:
+        repeat = None if table.repeat is None else jnp.broadcast_to(table.repeat, rows.shape)
+        found = to_device(on_host(_fetch)(array, repeat, rows))
+    elif spread is None or rows.shape[0] % spread.mesh.shape[spread.batch]:
+        found = _fetch(array, table.repeat, rows)
+    else:
+        found = _fetch_spread(array, table.repeat, rows, spread)
+    if table.slots_NK is None:
+        return found
+    return found + table.slots_NK[: rows.size].reshape(found.shape)
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Computed by the host: the first argument lies in its memory, the others are sent there; what comes out stays."""
+    computed = compute_on("device_host")(jax.jit(function))
+    return lambda lies, *sent: computed(lies, *jax.device_put(sent, jax.memory.Space.Host))
+
+
+def to_device(x: Array) -> Array:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _fetch(array: Array, repeat: Array | None, rows: Array) -> Array:
+    at = (rows,) if repeat is None else (repeat, rows)
+    return array.at[at].get(mode="clip")
+
+
+def _fetch_spread(array: Array, repeat: Array | None, rows: Array, spread: Spread) -> Array:
+    """Each device hears all of the batch's rows, answers for its own with zeros for the rest, and gets back the sums of
+    its part of the batch: row numbers and rows travel, the table does not, nor does its gradient."""
+    batch, axes = spread.batch, spread.axes
+
+    def local(part: Array, repeat: Array | None, rows: Array) -> Array:
+        if batch in axes:
+            rows = jax.lax.all_gather(rows, batch, tiled=True)
+        size = part.shape[-2]
+        at = rows - jax.lax.axis_index(axes) * size
+        mine = (at >= 0) & (at < size)
+        found = jnp.where(mine[..., None], _fetch(part, repeat, jnp.where(mine, at, 0)), 0)
+        others = tuple(axis for axis in axes if axis != batch)
+        found = jax.lax.psum(found, others) if others else found
+        return jax.lax.psum_scatter(found, batch, tiled=True) if batch in axes else found
+
+    whole = (None,) * (array.ndim - 2)
+    specs = (P(*whole, axes, None), None if repeat is None else P(), P(batch))
+    return jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))(array, repeat, rows)
+
+
+def asked(rows: Array, pos_BT: Array) -> Array:
+    """What a layer says of its look-up, as aux "rows/NAME of the Param": rows [B, T, ...], but -1 at padding, which
+    touches nothing."""
+    pos = pos_BT.reshape(pos_BT.shape + (1,) * (rows.ndim - pos_BT.ndim))
+    return jnp.where(pos >= 0, rows, -1)
+
+
+def _is_table(x: Any) -> bool:
+    return isinstance(x, Table)
+
+
+def set_aside(stacked: Any) -> tuple[list[Array | None], Any]:
+    """(the arrays of lent tables that hold all repeats, the rest): the rest may be cut or scanned, those lie still."""
+    leaves, treedef = jax.tree.flatten(stacked, is_leaf=_is_table)
+    arrays = [leaf.array if _is_table(leaf) and leaf.repeat is not None else None for leaf in leaves]
+    if not any(a is not None for a in arrays):
+        return [], stacked
+    rest = [x if a is None else dataclasses.replace(x, array=None) for x, a in zip(leaves, arrays, strict=True)]
+    return arrays, jax.tree.unflatten(treedef, rest)
+
+
+def put_back(arrays: list[Array | None], block: Any) -> Any:
+    """One repeat of `set_aside`'s rest, with the arrays of all."""
+    if not arrays:
+        return block
+    leaves, treedef = jax.tree.flatten(block, is_leaf=_is_table)
+    whole = [x if a is None else dataclasses.replace(x, array=a) for x, a in zip(leaves, arrays, strict=True)]
+    return jax.tree.unflatten(treedef, whole)
