@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from layers.layer import Tokens
-from models.loss import ASK_NOTHING, score_tokens
+from models.loss import ASK_NOTHING, score_tokens, shares
 from models.parameters import Params, Structure
 from training.experiment import Experiment
 
@@ -22,6 +22,7 @@ class DeviceBatch(NamedTuple):
     ids_BT: Array
     pos_BT: Array
     labels_BT: Array
+    prefix_BT: Array | None = None
 
 
 State = dict[str, Any]  # params, opt, counters, and ema where there is one
@@ -46,16 +47,30 @@ def train_step(
 ) -> Callable[[State, DeviceBatch], tuple[State, dict[str, Array]]]:
     """(state, batch) -> (state, metrics). Jit it with the state donated.
 
-    The loss is the mean over the labelled positions of the whole batch, however it is cut into parts. A step with a
-    non-finite loss or gradient leaves parameters, optimiser and average as they were, and is counted.
+    The loss is the mean over the labelled positions of the whole batch, however it is cut into parts; where a region is
+    read ahead, hidden tokens in it and next tokens after it have a mean each, and accuracy and bits per byte are of the
+    latter. A step with a non-finite loss or gradient leaves parameters, optimiser and average as they were, and is
+    counted.
     """
     train, ema = experiment.train, experiment.train.ema
 
-    def objective(params: Params, batch: DeviceBatch, asked: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Params, batch: DeviceBatch, weights: Weights) -> tuple[Array, dict[str, Array]]:
         model = structure.module(params)
-        s, aux = score_tokens(model, Tokens(batch.ids_BT, batch.pos_BT), batch.labels_BT, labelled=labelled)
-        nll = jnp.sum(s.nll)
-        loss = nll / asked + train.z_loss * jnp.sum(s.squared_log_z) / asked
+        s, aux = score_tokens(
+            model,
+            Tokens(batch.ids_BT, batch.pos_BT),
+            batch.labels_BT,
+            labelled=labelled,
+            prefix_BT=batch.prefix_BT,
+        )
+        loss = train.z_loss * jnp.sum(s.squared_log_z) / weights.asked
+        if s.ahead is None:
+            nll = jnp.sum(s.nll)
+            loss = nll / weights.asked + loss
+        else:
+            loss = jnp.sum(s.nll * jnp.where(s.ahead, weights.hidden, weights.next)) + loss
+            s = jax.tree.map(lambda x: jnp.where(s.ahead, 0, x), s)  # what is told is of the text after the region
+            nll = jnp.sum(s.nll)
         extra: dict[str, Array] = {}
         for name, value in aux.items():
             if name.split("/", 1)[1].startswith("loss/"):
@@ -69,23 +84,23 @@ def train_step(
         }
 
     def gradients(params: Params, batch: DeviceBatch) -> tuple[tuple[Array, dict[str, Array]], Params]:
-        asked = _asked(batch)
+        weights = _weights(batch, train.masked)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
         if train.accumulate == 1:
-            return value_and_grad(params, batch, asked)
+            return value_and_grad(params, batch, weights)
         # Every n-th row makes a part: where rows are split over devices, each has its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: Any, part: DeviceBatch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, asked)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, weights)), None
 
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), asked)
+        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), weights)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state: State, batch: DeviceBatch) -> tuple[State, dict[str, Array]]:
-        chex.assert_rank(batch, 2)
-        chex.assert_equal_shape(batch)
+        chex.assert_rank(jax.tree.leaves(batch), 2)
+        chex.assert_equal_shape(jax.tree.leaves(batch))
         params = state["params"]
         (loss, said), grads = gradients(params, batch)
         norm = optax.tree.norm(grads)
@@ -104,7 +119,7 @@ def train_step(
         }
         metrics = {
             "loss": loss,
-            "accuracy": said["correct"] / _asked(batch),
+            "accuracy": said["correct"] / _asked(batch, ahead=False),
             "grad_norm": norm,
             "skipped": new["counters"]["skipped"],
             "bad": new["counters"]["bad"],
@@ -116,9 +131,27 @@ def train_step(
     return step
 
 
-def _asked(batch: DeviceBatch) -> Array:
-    """How many labels a batch has; 1 where it has none, so that means stay finite."""
-    return jnp.maximum(jnp.sum(batch.labels_BT != ASK_NOTHING), 1).astype(jnp.float32)
+class Weights(NamedTuple):
+    """Of a whole batch. asked: labels. next, hidden: what the loss of one weighs (models.loss.shares)."""
+
+    asked: Array
+    next: Array
+    hidden: Array
+
+
+def _weights(batch: DeviceBatch, masked: float) -> Weights:
+    asked = _asked(batch)
+    if batch.prefix_BT is None:
+        return Weights(asked, 1 / asked, jnp.zeros_like(asked))
+    return Weights(asked, *shares(batch.labels_BT, batch.prefix_BT, masked))
+
+
+def _asked(batch: DeviceBatch, ahead: bool = True) -> Array:
+    """How many labels a batch has (not ahead: those after a region); 1 where it has none, so that means stay finite."""
+    asked = batch.labels_BT != ASK_NOTHING
+    if batch.prefix_BT is not None and not ahead:
+        asked &= ~batch.prefix_BT
+    return jnp.maximum(jnp.sum(asked), 1).astype(jnp.float32)
 
 
 def eval_step(
@@ -128,7 +161,8 @@ def eval_step(
 
     def evaluate(params: Params, batch: DeviceBatch) -> dict[str, Array]:
         model = structure.module(params)
-        s, _ = score_tokens(model, Tokens(batch.ids_BT, batch.pos_BT), batch.labels_BT, labelled=labelled, skip=skip)
+        tokens = Tokens(batch.ids_BT, batch.pos_BT)
+        s, _ = score_tokens(model, tokens, batch.labels_BT, labelled=labelled, skip=skip, prefix_BT=batch.prefix_BT)
         text = jnp.take(jnp.asarray(token_bytes, jnp.float32), jnp.maximum(s.labels, 0)) * s.asked
         sums = {"nll": s.nll, "correct": s.correct, "asked": s.asked, "bytes": text}
         return {name: jnp.sum(value, 0) for name, value in sums.items()}
