@@ -47,7 +47,8 @@ class SmallRun:
     def _score(self, params: Params, batch: Batch, skip: tuple[str, ...]) -> tuple[Any, Any]:
         model: LanguageModel = self.structure.module(params)
         tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
-        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip, prefix_BT=batch.prefix_BT)
+        ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
+        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip, prefix_BT=ahead)
         return jnp.sum(scores.correct), jnp.sum(scores.asked)
 
     def accuracy(self, params: Params, skip: tuple[str, ...] = ()) -> float:

@@ -63,13 +63,13 @@ def train_step(
             labelled=labelled,
             prefix_BT=batch.prefix_BT,
         )
-        loss = train.z_loss * jnp.sum(s.squared_log_z) / weights.asked
-        if s.ahead is None:
+        ahead, z = s.ahead, train.z_loss * jnp.sum(s.squared_log_z) / weights.asked
+        if ahead is None:
             nll = jnp.sum(s.nll)
-            loss = nll / weights.asked + loss
+            loss = nll / weights.asked + z
         else:
-            loss = jnp.sum(s.nll * jnp.where(s.ahead, weights.hidden, weights.next)) + loss
-            s = jax.tree.map(lambda x: jnp.where(s.ahead, 0, x), s)  # what is told is of the text after the region
+            loss = jnp.sum(s.nll * jnp.where(ahead, weights.hidden, weights.next)) + z
+            s = s._replace(**{name: jnp.where(ahead, 0, getattr(s, name)) for name in ("nll", "correct", "asked")})
             nll = jnp.sum(s.nll)
         extra: dict[str, Array] = {}
         for name, value in aux.items():
