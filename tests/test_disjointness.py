@@ -1,10 +1,14 @@
 """Set disjointness: the law of its rows, derived again from what the rows say."""
 
 import collections
+import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from probes import read_twice_study
+from probes.small_runs import Ledger, SmallRun
 from probes.tasks import disjointness
 from probes.tasks.disjointness import Disjointness, mirrored
 from training.data import NOT_ASKED, DataError
@@ -76,3 +80,30 @@ def test_what_cannot_be():
         Disjointness(**SMALL, T=12)
     with pytest.raises(ValueError, match="Disjointness.reading is 'thrice'"):
         Disjointness(**SMALL, reading="thrice")
+
+
+def test_a_study_is_written_and_goes_on(tmp_path, monkeypatch):
+    """One kind is trained for two steps, whole but small; the others' rows are in the ledger already."""
+    path, key = tmp_path / "study.jsonl", {"seed": 0, "steps": 2, "loss": 1.0}
+    names, sizes = [n for n in read_twice_study.KINDS if n != "ahead"], read_twice_study.LARGE
+    known = [
+        key | {"name": name, "order": order, "large": n, "accuracy": 0.5}
+        for name in names
+        for n in sizes
+        for order in ("first", "last")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in known))
+    trained = []
+    monkeypatch.setattr(read_twice_study, "SmallRun", lambda *a: trained.append(a) or SmallRun(*a))
+    ledger = Ledger(path)
+    read_twice_study.study(ledger, 2, 1, Console(quiet=True))
+    read_twice_study.study(Ledger(path), 2, 1, Console(quiet=True))
+    assert len(trained) == 1 and trained[0][1].config.reading == "ahead"
+    rows = ledger.rows[len(known) :]
+    assert {row["name"] for row in rows} == {"ahead"} and all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert [(row["order"], row["large"]) for row in rows] == [(o, n) for n in sizes for o in ("first", "last")]
+    read_twice_study.report(ledger, tmp_path, 2, 1)
+    assert (tmp_path / "read_twice.png").stat().st_size > 10_000
+    table = (tmp_path / "study.md").read_text()
+    assert f"| once | {sizes[0]} | 0.500 | 0.000 | 0.500 | 0.000 | +0.000 |" in table
+    assert table.count("| ahead |") == len(sizes)
