@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from models.lm import LM, Stage
 from probes import read_twice_study
 from probes.small_runs import Ledger, SmallRun
 from probes.tasks import disjointness
@@ -93,6 +94,7 @@ def test_a_study_is_written_and_goes_on(tmp_path, monkeypatch):
         for order in ("first", "last")
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in known))
+    monkeypatch.setattr(read_twice_study, "model_of", lambda mixer: LM(W=64, D=16, stages=(Stage((mixer,)),)))
     trained = []
     monkeypatch.setattr(read_twice_study, "SmallRun", lambda *a: trained.append(a) or SmallRun(*a))
     ledger = Ledger(path)
