@@ -23,7 +23,10 @@ from layers.recurrent import Maps
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLinearAttention(LinearAttention):
-    """LinearAttention with an encoder's maps of key and value, no convolution, and the paper's map by default."""
+    """LinearAttention with an encoder's maps of key and value, no convolution, and the paper's feature map by default.
+
+    It reads ahead where it is a layer of the model; inside another layer it is linear attention.
+    """
 
     feature_map: FeatureMap = "taylor"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reading import QUICK, B, Said, cast, pad, places, same, same_tree, tokens
+from rich.console import Console
 
 from layers.gated_conv import GatedConv
 from layers.linear import EPSILON, LinearAttention
@@ -23,6 +25,8 @@ from training.data import DataConfig, DataError
 from training.experiment import AdamW, Experiment, Train
 from training.optimizer import build_optimizer
 from training.prefix import PrefixText
+from training.report import report
+from training.run import train
 from training.step import DeviceBatch, init_state, train_step
 
 D, T = 16, 21
@@ -256,16 +260,13 @@ def stepped(accumulate):
     structure, params = model(np.float32)
     optimizer = build_optimizer(experiment.optimizer, 10, None, structure.specs)
     step = train_step(experiment, structure, optimizer, np.ones([W], np.int32), None)
-    ids = RNG_BATCH.integers(0, W, (4, T)).astype(np.int32)
+    ids = np.random.default_rng(5).integers(0, W, (4, T)).astype(np.int32)
     where = np.arange(T) < np.array([9, 4, 0, 12])[:, None]
     hidden = where & (np.arange(T) % 3 == 1)
     labels = np.where(hidden, ids, np.where(where, ASK_NOTHING, np.roll(ids, -1, 1))).astype(np.int32)
     batch = DeviceBatch(np.where(hidden, W - 1, ids), np.tile(np.arange(T, dtype=np.int32), (4, 1)), labels, where)
     state = init_state(experiment, jax.tree.map(jnp.asarray, params), optimizer)
     return batch, *jax.jit(step)(state, batch)
-
-
-RNG_BATCH = np.random.default_rng(5)
 
 
 def test_a_step_learns_hidden_and_next_tokens():
@@ -285,9 +286,7 @@ def test_a_step_learns_hidden_and_next_tokens():
 
 @pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_it():
-    RNG_BATCH.__setstate__(np.random.default_rng(5).__getstate__())
     _, whole, said = stepped(1)
-    RNG_BATCH.__setstate__(np.random.default_rng(5).__getstate__())
     _, parts, again = stepped(2)
     np.testing.assert_allclose(again["loss"], said["loss"], rtol=1e-5)
     np.testing.assert_allclose(again["grad_norm"], said["grad_norm"], rtol=1e-4)
@@ -330,6 +329,23 @@ def test_text_has_a_region_with_hidden_tokens(text):
     for batch in data.held_out():
         assert (batch.ids_BT != data.hidden).all() and (batch.labels_BT[batch.prefix_BT] == ASK_NOTHING).all()
         assert (batch.labels_BT != ASK_NOTHING).any()
+
+
+@pytest.mark.slow
+def test_a_run_reads_ahead(text, tmp_path):
+    """From the config to a sample: the loss that is logged is of both kinds of labels, held-out text of next tokens."""
+    lm = LM(W=258, D=D, stages=(Stage((GatedConv(), CONFIG)),))
+    steps = Train(steps=3, log_every=1, eval_every=3, checkpoint_every=3, tensorboard=False)
+    experiment = Experiment("A run.", lm, text, AdamW(), steps, sample="abc")
+    console = Console(file=io.StringIO(), width=200)
+    outcome = train(experiment, tmp_path / "run", console=console)
+    assert outcome["status"] == "done" and np.isfinite(outcome["evaluation"]["loss"])
+    by_place = outcome["evaluation"]["nll_by_position"]
+    assert by_place[0] == 0 < min(by_place[16:]) and outcome["evaluation"]["bits_per_byte"] > 0
+    report(experiment, outcome, tmp_path / "run", console)
+    assert (tmp_path / "run" / "samples.txt").read_text().count("abc")
+    longer = dataclasses.replace(experiment, train=dataclasses.replace(steps, steps=5))
+    assert train(longer, tmp_path / "run", console=console)["step"] == 5
 
 
 def test_text_that_cannot_be(text):
