@@ -82,6 +82,15 @@ class Layer(nnx.Module):
     def __call__(self, x_BTD: Array, tokens: Tokens, state: Any = None) -> Out:
         raise NotImplementedError
 
+    def prefixed(self, x_BTD: Array, tokens: Tokens, prefix_BT: Array, state: Any = None) -> Out:
+        """The usual call, of tokens that hold a region: those of `prefix_BT` (bool) in the document a row begins with.
+
+        A layer with an encoder (layers/prefix.py) reads the region as a whole before the first token; what it knows
+        then is no more than a state to begin with, so that reading goes on by the usual call. A region is given whole,
+        in one call. Other layers do not know of it.
+        """
+        return self(x_BTD, tokens, state)
+
     def read(self, x_BTD: Array, tokens: Tokens, at_BN: Array) -> Out:
         """A training call of which only the outputs at places `at_BN` (int32) are wanted: y is [B, N, D].
 

@@ -140,15 +140,12 @@ class LinearAttentionLayer(Recurrent):
         c, narrow, dtype = self.config, q.dtype, wide(q)
         memory, tails = (None, None) if state is None else state
         (q, k, v), tails = self.convs((q, written["key"], written["value"]), pos_BT, tails)
-        if self.query_map is not None and self.key_map is not None:
-            q, k = self.query_map(q), self.key_map(k)
-        q, k = (MAPS[c.feature_map](a.astype(dtype)) for a in (q, k))
-        if c.normaliser:
-            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-        elif c.feature_map not in ("taylor", "hedgehog"):
+        if self.query_map is not None:
+            q = self.query_map(q)
+        q = MAPS[c.feature_map](q.astype(dtype))
+        if not c.normaliser and c.feature_map not in ("taylor", "hedgehog"):
             q = q * self.K**-0.5
-        q, k = q.astype(narrow), k.astype(narrow)
-        y, new = linear_recurrence(q, k, v, state=memory, pos=pos_BT, chunk=c.chunk, implementation=c.implementation)
+        y, new = self.recur(q.astype(narrow), *self.told(k, v), written, memory, pos_BT)
         aux = {}
         if c.normaliser:
             y = y.astype(dtype)
@@ -157,6 +154,19 @@ class LinearAttentionLayer(Recurrent):
             y = (y[..., : self.V] / (total + EPSILON)).astype(narrow)
         state = None if memory is None else LinearAttentionState(new.astype(memory.dtype), tails)
         return y, state, aux
+
+    def told(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """The features of keys; values, with a column of ones for the normaliser."""
+        if self.key_map is not None:
+            k = self.key_map(k)
+        if self.config.normaliser:
+            v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+        return MAPS[self.config.feature_map](k.astype(wide(k))).astype(k.dtype), v
+
+    def recur(self, q: Array, k: Array, v: Array, written: dict[str, Array], memory: Array | None, pos_BT: Array):
+        """(y, memory) of features and values."""
+        c = self.config
+        return linear_recurrence(q, k, v, state=memory, pos=pos_BT, chunk=c.chunk, implementation=c.implementation)
 
     def finish(self, y_BTHV: Array, x_BTD: Array) -> Array:
         return self.out(y_BTHV if self.norm is None else self.norm(y_BTHV))

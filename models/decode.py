@@ -5,6 +5,7 @@ program and donated between calls.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,15 +83,17 @@ class Decoder:
         *,
         seed: int = 0,
         capacity: int | None = None,
+        prefix: int = 0,
     ) -> Iterator[np.ndarray]:
         """Yields int32 [B, n] of new words, n = `burst` at a time, `steps` in all.
 
         prompts: one or more sequences of ids, of any lengths, each the beginning of a document. capacity: tokens that
         the memories must hold (None: what prompts and steps need, rounded up); only memories that grow with length
-        care.
+        care. prefix: tokens of each prompt that layers with an encoder read ahead, at most all but its last one, which
+        speaks; they are read in one piece, of whatever length that takes.
 
         Raises ValueError, when the first words are asked for, if a prompt is empty or holds an id that is no word, if
-        there are no steps, or if the capacity is too small.
+        there are no steps, if the capacity is too small or the prefix negative.
         """
         if not len(prompts) or not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: give each at least one token, such as the document start")
@@ -112,16 +115,22 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             ids[row, read - len(prompt) :] = prompt
             pos[row, read - len(prompt) :] = np.arange(len(prompt))
+        if prefix < 0:
+            raise ValueError(f"prefix is {prefix}: it must be at least 0, tokens to read ahead")
+        region = (pos >= 0) & (pos < prefix) & (np.arange(read) < read - 1)
+        last = int(np.flatnonzero(region.any(0)).max(initial=-1))
+        whole = -(-(last + 1) // self.piece) * self.piece
         bursts = -(-steps // self.burst)
         if capacity is None:
             capacity = -(-(longest + bursts * self.burst) // ROOM) * ROOM
         # A whole piece is read at once, although a part of it may be padding.
         # Put where the weights lie: a first call with arrays that lie nowhere in particular would be compiled apart.
-        state = jax.device_put(self._empty(len(prompts), max(capacity, self.piece)), self._home)
-        logits = None
-        for start in range(0, read, self.piece):
-            piece = Tokens(*(jnp.asarray(x[:, start : start + self.piece]) for x in (ids, pos)))
-            state, logits = self._read(self._leaves, state, piece)
+        state = jax.device_put(self._empty(len(prompts), max(capacity, whole, self.piece)), self._home)
+        logits, cuts = None, [0, *range(whole or self.piece, read + 1, self.piece)]
+        for start, stop in itertools.pairwise(cuts):
+            piece = Tokens(*(jnp.asarray(x[:, start:stop]) for x in (ids, pos)))
+            ahead = (jnp.asarray(region[:, :stop]),) if stop == whole else ()
+            state, logits = self._read(self._leaves, state, piece, *ahead)
         place, key = jax.device_put((pos[:, -1] + 1, jax.random.key(seed)), self._home)
         for done in range(0, steps, self.burst):
             state, logits, place, key, words = self._write(self._leaves, state, logits, place, key, sampling)
@@ -130,9 +139,9 @@ class Decoder:
     def _model(self, leaves: Any) -> LanguageModel:
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def _read_piece(self, leaves: Any, state: Any, tokens: Tokens) -> tuple[Any, Array]:
+    def _read_piece(self, leaves: Any, state: Any, tokens: Tokens, prefix_BT: Array | None = None) -> tuple[Any, Array]:
         model = self._model(leaves)
-        out = model.hidden(tokens, state)
+        out = model.hidden(tokens, state, prefix_BT=prefix_BT)
         return out.state, model.logits(out.y_BTD[:, -1])
 
     def _write_burst(self, leaves: Any, state: Any, logits_BW: Array, place_B: Array, key: Array, sampling: Sampling):
@@ -150,10 +159,16 @@ class Decoder:
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], steps: int, sampling: Sampling, *, seed: int = 0
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    steps: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    prefix: int = 0,
 ) -> np.ndarray:
-    """All new words at once, int32 [B, steps]."""
-    return np.concatenate(list(Decoder(model).generate(prompts, steps, sampling, seed=seed)), 1)
+    """All new words at once, int32 [B, steps]. Options as in Decoder.generate."""
+    return np.concatenate(list(Decoder(model).generate(prompts, steps, sampling, seed=seed, prefix=prefix)), 1)
 
 
 def printable(text: str) -> str:

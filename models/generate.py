@@ -4,6 +4,7 @@ import dataclasses
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import tyro
@@ -20,6 +21,10 @@ class Options:
     """Folder of a run, such as runs/quickstart."""
     prompt: str = ""
     """What to continue; empty for the start of a document."""
+    read_twice: bool = False
+    """Read the prompt twice before going on, as recurrent models like it (JRT-prompt, arXiv 2407.05483)."""
+    prefix: int | None = None
+    """Tokens of the prompt that layers with an encoder (JRT-RNN) read ahead; as many as in training by default."""
     steps: int = 400
     """New tokens."""
     temperature: float = 0.8
@@ -43,13 +48,12 @@ def main() -> None:
         model, _, dataset = load_model(options.run, options.step)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from None
-    ids = dataset.encode(options.prompt)
-    if dataset.doc_start is not None:
-        ids = np.concatenate([[dataset.doc_start], ids])
+    ids = prompt_ids(dataset, options.prompt, options.read_twice)
     print(options.prompt, end="", flush=True)
     text, words, stamps, held = "", [], [time.perf_counter()], 0
+    prefix = dataset.prefix if options.prefix is None else options.prefix
     try:
-        for new in Decoder(model).generate([list(ids)], options.steps, sampling, seed=options.seed):
+        for new in Decoder(model).generate([ids], options.steps, sampling, seed=options.seed, prefix=prefix):
             words.extend(new[0])
             stamps.append(time.perf_counter())
             held = held or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,6 +64,13 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"\n[{_account(len(words), stamps, held)}]", file=sys.stderr)
+
+
+def prompt_ids(dataset: Any, text: str, twice: bool = False) -> list[int]:
+    """The words of a document that begins with a text, or with the text and the text again."""
+    ids = dataset.encode(text).tolist()
+    start = [] if dataset.doc_start is None else [dataset.doc_start]
+    return start + ids * (2 if twice else 1)
 
 
 def _account(tokens: int, stamps: list[float], held: int) -> str:

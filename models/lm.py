@@ -88,19 +88,36 @@ class Block(nnx.Module):
         self.norms = nnx.List([RMSNorm(D, eps=eps) for _ in pattern])
         self.layers = nnx.List([config.build(D, rngs=rngs) for config in pattern])
 
-    def __call__(self, x_BTD: Array, tokens: Tokens, states: Any, keep: Array | None, at_BN: Array | None = None):
-        """With `at_BN` (and no states) only those places come out: from the last layer on that mixes them."""
+    def __call__(
+        self,
+        x_BTD: Array,
+        tokens: Tokens,
+        states: Any,
+        keep: Array | None,
+        at_BN: Array | None = None,
+        prefix_BT: Array | None = None,
+    ):
+        """With `at_BN` (and no states) only those places come out: from the last layer on that mixes them.
+
+        prefix_BT: the region that layers with an encoder read ahead.
+        """
         last = max((i for i, layer in enumerate(self.layers) if not layer.pointwise), default=-1)
         if at_BN is not None and last < 0:
             x_BTD, tokens = _at(at_BN, x_BTD, tokens)
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
-            if at_BN is not None and i == last:
-                out = layer.read(norm(x_BTD), tokens, at_BN)
-                x_BTD, tokens = _at(at_BN, x_BTD, tokens)
+            state = None if states is None else states[i]
+            asked = at_BN if i == last else None
+            if prefix_BT is not None and not layer.pointwise:
+                out = layer.prefixed(norm(x_BTD), tokens, prefix_BT, state)
+                out = out if asked is None else out._replace(y_BTD=take(out.y_BTD, asked))
+            elif asked is not None:
+                out = layer.read(norm(x_BTD), tokens, asked)
             else:
-                out = layer(norm(x_BTD), tokens, None if states is None else states[i])
+                out = layer(norm(x_BTD), tokens, state)
+            if asked is not None:
+                x_BTD, tokens = _at(asked, x_BTD, tokens)
             y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
             x_BTD = x_BTD + y_BTD
             after.append(out.state)
@@ -161,8 +178,11 @@ class LanguageModel(nnx.Module):
         *,
         skip: tuple[str, ...] = (),
         at_BN: Array | None = None,
+        prefix_BT: Array | None = None,
     ) -> Out:
         """The residual stream after the last norm, [B, T, D] in the compute dtype.
+
+        prefix_BT: bool, a region that layers with an encoder read ahead (see Layer.prefixed); None for none.
 
         at_BN: int32, the places that are wanted: y is [B, N, D], and the last layers do no more than that takes. With
         a state: ValueError, since all of the tokens have to be remembered.
@@ -190,7 +210,8 @@ class LanguageModel(nnx.Module):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
             ends = s == len(config.stages) - 1
-            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, at_BN if ends else None)
+            asked = at_BN if ends else None
+            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, asked, prefix_BT)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
         return Out(self.norm(x_BTD), None if state is None else (*after, *seen), aux)
@@ -204,6 +225,7 @@ class LanguageModel(nnx.Module):
         states: Any,
         keep: Array | None,
         at_BN: Array | None,
+        prefix_BT: Array | None,
     ):
         config = self.config
         scan = config.scan_layers == "always" or (config.scan_layers == "auto" and stage.repeats > 8)
@@ -211,7 +233,7 @@ class LanguageModel(nnx.Module):
         tables, blocks = set_aside(blocks)  # a scan, or a cut by repeats, would copy them
 
         def call(block, x_BTD, states, keep, at_BN):
-            return put_back(tables, block)(x_BTD, tokens, states, keep, at_BN)
+            return put_back(tables, block)(x_BTD, tokens, states, keep, at_BN, prefix_BT)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -252,9 +274,16 @@ class LanguageModel(nnx.Module):
         cap = self.config.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def __call__(self, tokens: Tokens, state: State | None = None, *, skip: tuple[str, ...] = ()) -> Out:
+    def __call__(
+        self,
+        tokens: Tokens,
+        state: State | None = None,
+        *,
+        skip: tuple[str, ...] = (),
+        prefix_BT: Array | None = None,
+    ) -> Out:
         """y is float32 logits [B, T, W]."""
-        out = self.hidden(tokens, state, skip=skip)
+        out = self.hidden(tokens, state, skip=skip, prefix_BT=prefix_BT)
         return Out(self.logits(out.y_BTD), out.state, out.aux)
 
 

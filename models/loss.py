@@ -20,6 +20,7 @@ class Scores(NamedTuple):
     squared_log_z: Array  # for the z-loss
     asked: Array  # 1 where there is a label
     labels: Array  # int32
+    ahead: Array | None = None  # bool, of a region read ahead: a label there is the hidden token itself
 
 
 def score_tokens(
@@ -29,9 +30,11 @@ def score_tokens(
     *,
     labelled: int | None = None,
     skip: tuple[str, ...] = (),
+    prefix_BT: Array | None = None,
 ) -> tuple[Scores, dict[str, Array]]:
     """A training call, scored: (scores, the layers' aux).
 
+    prefix_BT: bool, a region read ahead; the scores say which of their places are in it.
     labelled: the most labels that a row has, where labels are sparse: then the model's last layers and its head read
     those places alone, and the scores are [B, labelled].
     """
@@ -39,8 +42,11 @@ def score_tokens(
     if labelled is not None and labelled < labels_BT.shape[1]:
         _, at_BN = jax.lax.top_k((labels_BT != ASK_NOTHING).astype(jnp.int32), labelled)  # of equals, the first
         labels_BT = take(labels_BT, at_BN)
-    out = model.hidden(tokens, skip=skip, at_BN=at_BN)
-    return score(model, out.y_BTD, labels_BT), out.aux
+    out = model.hidden(tokens, skip=skip, at_BN=at_BN, prefix_BT=prefix_BT)
+    scores = score(model, out.y_BTD, labels_BT)
+    if prefix_BT is not None:
+        scores = scores._replace(ahead=prefix_BT if at_BN is None else take(prefix_BT, at_BN))
+    return scores, out.aux
 
 
 def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: int = 2**24) -> Scores:
@@ -76,3 +82,16 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
 
     scores = jax.lax.map(jax.checkpoint(lambda xs: part(*xs)), (cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
+
+
+def shares(labels_BT: Array, ahead_BT: Array, masked: float) -> tuple[Array, Array]:
+    """What the loss of one label weighs, float32 scalars: of a next token after the region, of a hidden one within it.
+
+    (L_next + masked · L_hidden) / (1 + masked), L the means of either kind (JRT, arXiv 2407.05483, section 4); what
+    there is none of has no weight in the denominator.
+    """
+    asked = labels_BT != ASK_NOTHING
+    after, within = (jnp.sum(asked & where).astype(jnp.float32) for where in (~ahead_BT, ahead_BT))
+    weight = jnp.where(after > 0, 1.0, 0.0) + jnp.where(within > 0, masked, 0.0)
+    weight = jnp.maximum(weight, 1e-9)
+    return 1 / (weight * jnp.maximum(after, 1)), masked / (weight * jnp.maximum(within, 1))

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from models.lm import LM, LanguageModel
 from models.loss import score_tokens
 from models.parameters import Params, Structure, flatten
 from training.data import Batch, Dataset
-from training.experiment import AdamW, Experiment, Train
+from training.experiment import AdamW, Experiment, Muon, Train
 from training.optimizer import build_optimizer
 from training.step import init_state, train_step
 
@@ -25,7 +25,7 @@ from training.step import init_state, train_step
 class SmallRun:
     """A model over a dataset: `train` goes on step by step, `accuracy` asks it as it is."""
 
-    def __init__(self, model: LM, data: Dataset, optimizer: AdamW, steps: int):
+    def __init__(self, model: LM, data: Dataset, optimizer: AdamW | Muon, steps: int):
         self.data, self.model = data, model
         self.experiment = Experiment("study", model, data.config, optimizer, Train(steps=steps))
         shapes = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
@@ -47,12 +47,14 @@ class SmallRun:
     def _score(self, params: Params, batch: Batch, skip: tuple[str, ...]) -> tuple[Any, Any]:
         model: LanguageModel = self.structure.module(params)
         tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
-        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip)
+        ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
+        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip, prefix_BT=ahead)
         return jnp.sum(scores.correct), jnp.sum(scores.asked)
 
-    def accuracy(self, params: Params, skip: tuple[str, ...] = ()) -> float:
-        """Share of the held-out questions answered right, without the layers of `skip`."""
-        counts = np.sum([jax.device_get(self._asked(params, b, skip=skip)) for b in self.data.held_out()], 0)
+    def accuracy(self, params: Params, skip: tuple[str, ...] = (), batches: Iterable[Batch] | None = None) -> float:
+        """Share of the held-out questions (or those of `batches`) answered right, without the layers of `skip`."""
+        asked = self.data.held_out() if batches is None else batches
+        counts = np.sum([jax.device_get(self._asked(params, batch, skip=skip)) for batch in asked], 0)
         return float(counts[0] / counts[1])
 
 

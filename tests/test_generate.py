@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.layer import Tokens
 from layers.mlp import MLP
 from models.decode import Decoder, Sampling, draw, generate
+from models.generate import prompt_ids
 from models.lm import LM, Stage
 from models.parameters import flatten
 
@@ -238,3 +240,10 @@ def test_all_new_words_at_once():
     words = generate(structure.module(params), PROMPTS, 5, GREEDY)
     assert words.shape == (3, 5)
     np.testing.assert_array_equal(words[1], whole(config)([6, *words[1]]).argmax(-1)[:5])
+
+
+def test_a_prompt_is_read_once_or_twice():
+    data = SimpleNamespace(doc_start=256, encode=lambda text: np.array(list(text.encode()), np.int32))
+    assert prompt_ids(data, "ab") == [256, 97, 98] and prompt_ids(data, "ab", twice=True) == [256, 97, 98, 97, 98]
+    data.doc_start = None
+    assert prompt_ids(data, "ab", twice=True) == [97, 98, 97, 98] and prompt_ids(data, "") == []

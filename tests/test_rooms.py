@@ -25,7 +25,7 @@ INSIDE = {
     "models": ("layers",),
     "training": ("models", "layers"),
     "probes": ("training", "models", "layers"),
-    "configs": ("layers", "models", "training.experiment", "training.data", "probes"),
+    "configs": ("layers", "models", "training.experiment", "training.data", "training.prefix", "probes"),
     "benchmarks": ("probes", "training", "models", "layers"),
     "tpu": ("configs", "probes", "training", "models", "layers", *DOORS),
 }

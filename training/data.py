@@ -29,11 +29,14 @@ class Batch(NamedTuple):
 
     A place counts from the document's start, or from the row's where the document began before it: at 0 every memory
     forgets. It is -1 at padding.
+    prefix_BT: bool, tokens of a region that is read ahead (models.lm); None for none. A label within it is the token at
+    its own place, which ids_BT hides.
     """
 
     ids_BT: np.ndarray
     pos_BT: np.ndarray
     labels_BT: np.ndarray
+    prefix_BT: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Dataset:
     labelled: labels in every row, where that is constant.
     token_bytes: int32 [words], bytes of text each token stands for, 0 for specials.
     doc_start: the token that starts a document, if there is one.
+    prefix: tokens at the beginning of a row that are read ahead; 0 for none.
     """
 
     config: DataConfig
@@ -68,6 +72,7 @@ class Dataset:
     labelled: int | None = None
     token_bytes: np.ndarray
     doc_start: int | None = None
+    prefix: int = 0
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
         """The rows (all of them for None) of the global batch of a step: a pure function of its arguments."""

@@ -109,6 +109,7 @@ class Train:
     accumulate: parts that a batch is taken in, their gradients summed.
     ema: decay of a running average of the parameters, evaluated instead of them; None for none.
     z_loss: weight of the mean squared log-partition of the logits.
+    masked: weight of the loss of hidden tokens, where the data has a region that is read ahead (JRT).
     bad_steps: steps in a row with a non-finite loss or gradient before the run stops. Such a step changes nothing.
     keep_last, keep_best: checkpoints kept, newest and by held-out loss.
     seed: of parameters and of the data's order.
@@ -125,6 +126,7 @@ class Train:
     accumulate: int = 1
     ema: float | None = None
     z_loss: float = 0.0
+    masked: float = 0.25
     bad_steps: int = 20
     keep_last: int = 2
     keep_best: int = 1

@@ -47,5 +47,5 @@ def sample(outcome: Outcome, prompt: str, tokens: int = SAMPLE_TOKENS) -> str:
     ids = dataset.encode(prompt)
     if dataset.doc_start is not None:
         ids = np.concatenate([[dataset.doc_start], ids])
-    words = generate(outcome["model"], [ids], tokens, Sampling(temperature=0.7))
+    words = generate(outcome["model"], [ids], tokens, Sampling(temperature=0.7), prefix=dataset.prefix)
     return prompt + dataset.decode(words[0])

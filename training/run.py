@@ -44,7 +44,7 @@ from training.summary import flops_per_token, parameter_count, peak_flops, show,
 MAY_CHANGE = (
     "description", "parameters", "sample", "data.store", "mesh.", "model.remat", "model.scan_layers", "train.",
 )  # fmt: skip
-MAY_NOT = ("train.seed", "train.ema", "train.accumulate", "train.clip", "train.z_loss")
+MAY_NOT = ("train.seed", "train.ema", "train.accumulate", "train.clip", "train.z_loss", "train.masked")
 SHOWN = ("loss", "bits_per_byte", "accuracy", "grad_norm", "tokens_per_second")  # on the terminal, of what is logged
 
 
@@ -165,7 +165,7 @@ def load_model(run: Path | str, step: int | None = None) -> tuple[LanguageModel,
 def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
     """Prints the summary of a run; returns the figures that metrics need."""
     experiment, dataset = job.experiment, job.dataset
-    flops = flops_per_token(experiment, job.structure, dataset.labelled)
+    flops = flops_per_token(experiment, job.structure, dataset.labelled, dataset.prefix > 0)
     T, B = experiment.data.T, experiment.data.B
     facts = {
         "parameters": f"{parameter_count(job.structure.specs):,}",

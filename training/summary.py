@@ -39,17 +39,21 @@ def state_bytes(model: LanguageModel, T: int) -> int:
     return bytes_of(jax.eval_shape(lambda model: model.init_state(1, T), model))
 
 
-def flops_per_token(experiment: Experiment, structure: Structure, labelled: int | None) -> float:
-    """Of a training step (forward and backward, no recomputation: three times the forward pass), by token."""
+def flops_per_token(experiment: Experiment, structure: Structure, labelled: int | None, prefix: bool = False) -> float:
+    """Of a training step (forward and backward, no recomputation: three times the forward pass), by token.
+
+    prefix: whether rows have a region that is read ahead.
+    """
     T = experiment.data.T
     params = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in structure.specs.items()}
     row = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    region = jax.ShapeDtypeStruct((1, T), jnp.bool_) if prefix else None
 
-    def forward(params: Any, ids: Any, pos: Any, labels: Any) -> Any:
+    def forward(params: Any, ids: Any, pos: Any, labels: Any, region: Any) -> Any:
         model = structure.module(params)
-        return score_tokens(model, Tokens(ids, pos), labels, labelled=labelled)[0].nll
+        return score_tokens(model, Tokens(ids, pos), labels, labelled=labelled, prefix_BT=region)[0].nll
 
-    return 3 * count_flops(forward, params, row, row, row) / T
+    return 3 * count_flops(forward, params, row, row, row, region) / T
 
 
 def parameter_count(specs: dict[str, Spec]) -> int:
