@@ -297,10 +297,10 @@ def test_parts_of_a_batch_add_up_to_it():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prefix")
+    folder, store = tmp_path_factory.mktemp("prefix"), tmp_path_factory.mktemp("store")
     for n in range(12):
         (folder / f"{n}.txt").write_text(f"{n} " + "abcdefgh " * (7 + n))
-    return PrefixText(T=40, B=8, source=str(folder), store=str(folder / "store"), held_out=0.3, prefix=16, masked=0.3)
+    return PrefixText(T=40, B=8, source=str(folder), store=str(store), held_out=0.3, prefix=16, masked=0.3)
 
 
 def test_text_has_a_region_with_hidden_tokens(text):
