@@ -108,7 +108,7 @@ def trained(variant: Variant, data: OverwriteDataset, steps: int, seeds: int) ->
     run = jax.jit(jax.vmap(step, in_axes=(0, Batch(0, None, 0))), donate_argnums=0)  # type: ignore[arg-type]
     losses = []
     for i in range(steps):
-        ids, pos, labels = zip(*(data.batch(seed, i) for seed in range(seeds)), strict=True)
+        ids, pos, labels, _ = zip(*(data.batch(seed, i) for seed in range(seeds)), strict=True)
         batch = Batch(np.stack(ids), pos[0], np.stack(labels))
         state, metrics = run(state, batch)
         losses.append(metrics["loss"])

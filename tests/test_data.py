@@ -77,7 +77,7 @@ def expected_rows(documents: list[list[int]], ring: bool, T: int = T) -> list[tu
 
 
 def same(a, b) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_windows_in_order_equal_the_definition(text):
@@ -87,16 +87,16 @@ def test_windows_in_order_equal_the_definition(text):
     data = dataset.train(seed=0)
     for step in range(len(expected) // B + 2):  # past the end of the epoch
         batch = data[step]
-        assert all(a.shape == (B, T) and a.dtype == np.int32 for a in batch)
+        assert all(a.shape == (B, T) and a.dtype == np.int32 for a in batch[:3])
         for row in range(B):
-            assert tuple(a[row].tolist() for a in batch) == expected[(step * B + row) % len(expected)]
+            assert tuple(a[row].tolist() for a in batch[:3]) == expected[(step * B + row) % len(expected)]
 
 
 @pytest.mark.parametrize("T", [15, 16])
 def test_held_out_windows_equal_the_definition(text, T):
     dataset = text(T=T).build()
     expected = expected_rows(split_documents(dataset, "held_out"), ring=False, T=T)
-    rows = [tuple(a[row].tolist() for a in batch) for batch in dataset.held_out() for row in range(B)]
+    rows = [tuple(a[row].tolist() for a in batch[:3]) for batch in dataset.held_out() for row in range(B)]
     assert rows[: len(expected)] == expected
     assert all(set(pos) == {-1} and set(labels) == {-100} for _, pos, labels in rows[len(expected) :])
     assert any(-1 in pos and 0 in pos for _, pos, _ in rows) == bool(len(dataset.store.held_out) % T)
@@ -113,7 +113,7 @@ def test_fewer_held_out_batches_are_spread_and_rows_unite(text):
     assert same(few[0], whole[0]) and same(few[1], whole[len(whole) // 2])
     halves = zip(dataset.held_out(rows=slice(0, 1)), dataset.held_out(rows=slice(1, None)), strict=True)
     for batch, (a, b) in zip(whole, halves, strict=True):
-        assert same(batch, [np.concatenate(pair) for pair in zip(a, b, strict=True)])
+        assert same(batch, [np.concatenate(pair) for pair in zip(a[:3], b[:3], strict=True)])
     assert len(list(dataset.held_out(10**6))) == len(whole)
 
 
@@ -140,8 +140,8 @@ def test_any_number_of_processes_reads_the_global_batch(text, pieces):
     whole = dataset.train(3)
     shares = [dataset.train(3, rows=slice(n * B // pieces, (n + 1) * B // pieces)) for n in range(pieces)]
     for step in (0, 11):
-        assert same(whole[step], [np.concatenate(parts) for parts in zip(*(s[step] for s in shares), strict=True)])
-    assert same(dataset.train(3, rows=slice(1, None, 2))[2], [a[1::2] for a in whole[2]])
+        assert same(whole[step], [np.concatenate(parts) for parts in zip(*(s[step][:3] for s in shares), strict=True)])
+    assert same(dataset.train(3, rows=slice(1, None, 2))[2], [a[1::2] for a in whole[2][:3]])
 
 
 def test_each_epoch_reads_every_window_once_from_a_phase_of_its_own(text, tmp_path):

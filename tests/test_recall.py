@@ -314,7 +314,7 @@ def test_an_epoch_visits_every_row():
         seen: dict[int, list[bytes]] = {8: [], 16: []}
         for step in range(epoch * steps, (epoch + 1) * steps):
             b = dataset.batch(0, step)
-            assert all(x.shape == (4, 16) and x.dtype == np.int32 for x in b)
+            assert all(x.shape == (4, 16) and x.dtype == np.int32 for x in b[:3])
             (length,) = set(np.sum(b.pos_BT >= 0, 1).tolist())  # a batch never mixes segments
             assert (b.pos_BT == np.where(np.arange(16) < length, np.arange(16), -1)).all()
             assert (np.sum(b.labels_BT != NOT_ASKED, 1) == length // 4).all()
@@ -331,7 +331,7 @@ def test_batches_are_functions_of_seed_and_step():
     one, two = MIXTURE.build(), MIXTURE.build()
     late = one.batch(5, 123)
     for step in range(7):
-        for x, y in zip(one.batch(5, step), two.train(5)[step], strict=True):
+        for x, y in zip(one.batch(5, step)[:3], two.train(5)[step][:3], strict=True):
             assert (x == y).all()
     assert (two.batch(5, 123).ids_BT == late.ids_BT).all()
     assert (two.batch(5, 123, slice(1, 3)).ids_BT == late.ids_BT[1:3]).all()
@@ -342,7 +342,7 @@ def test_held_out():
     dataset = MIXTURE.build()
     batches = list(dataset.held_out())
     assert [int(np.sum(b.pos_BT[0] >= 0)) for b in batches] == [8, 24, 8]  # by turns
-    assert all(x.shape == (4, 24) for b in batches for x in b)
+    assert all(x.shape == (4, 24) for b in batches for x in b[:3])
     assert [int(np.sum((b.pos_BT >= 0).any(1))) for b in batches] == [4, 3, 2]  # 6 and 3 rows
     for b in batches:
         padding = b.pos_BT < 0
