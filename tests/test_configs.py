@@ -59,8 +59,30 @@ def test_sizes_state_their_parameters_too(name):
         assert config.parameters == count
         assert 0.7 < count / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) < 1.7
         assert size in config.description
-    with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {found[0]}, "):
+    with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {found[0]}"):
         settings.load(FILES[name], "2B")
+
+
+def shapes_of(name, size):
+    model = settings.load(FILES[name], size).model
+    return flatten(jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))))[1].specs
+
+
+def test_counts_that_were_published():
+    """Llama-3-8B has 8,030,261,248 parameters; Engram's tables 5.7B and 18.5B; MoBA's models no vocabulary."""
+    llama = 8_030_261_248
+    keys_and_values = 2 * 4096 * (4096 - 1024)  # of each head, where Llama has 8 groups
+    of_lizard = 2 * 32 * 128 * 64 + 4096 + 32 * 4 + 1  # maps, gate, t, alpha
+    assert parameter_count(shapes_of("lizard", "8B")) == llama + 32 * (keys_and_values + of_lizard)
+    for size, billions in (("9.6B", 5.7), ("22B", 18.5)):
+        specs = shapes_of("engram", size)
+        tables = parameter_count({name: spec for name, spec in specs.items() if spec.table})
+        assert abs(tables / (billions * 1e9) - 1) < 0.02
+        assert abs((parameter_count(specs) - tables) / 3.8e9 - 1) < 0.01  # what the paper's models activate
+    for size in ("568M", "822M", "1.1B", "1.5B", "2.1B"):
+        config = settings.load(FILES["chunk_attention"], size)
+        count = config.parameters - 2 * config.model.W * config.model.D
+        assert abs(count / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) - 1) < 0.06
 
 
 def test_a_config_without_sizes_says_so():
