@@ -26,8 +26,8 @@ from layers.ops.rope import rope
 class ChunkState(NamedTuple):
     """S slots: complete chunks one after the other, then the unfinished one, which the next document writes over.
 
-    summary_BSF: that of chunk n lies in its C slots, F numbers in each; with a boundary in slot n, and end_BS has the
-    slot behind the chunk's last there (else None). sum_BGF: of the unfinished chunk.
+    summary_BSF: that of chunk n is spread over slots n R .. n R + R - 1, F numbers in each; R is the least that a chunk
+    holds. end_BS: with a boundary, where chunk n ends is in slot n; else None. sum_BGF: of the unfinished chunk.
     """
 
     keys_BHSK: Array
@@ -46,6 +46,8 @@ class ChunkAttention(LayerConfig):
     boundary: entries of the vocabulary with which a chunk ends, such as a full stop, the line break behind what a
         speaker says, or what stands between documents of a text. Chunks are then sentences, turns or documents, of
         `chunk` tokens at most: a longer one is cut there. (): every chunk has `chunk` tokens.
+    least: tokens that a chunk has at least: before that nothing ends it. Of few tokens there are many chunks; None: a
+        quarter of `chunk`, rounded up.
     H, K: heads, and channels of each; None = D / H.
     F: width of the score <W x, W' mean> / sqrt(F) of product; None = K.
     weight: "product": softmax over the chosen chunks times softmax over the tokens of each (HCAM). The first chunk of
@@ -67,8 +69,7 @@ class ChunkAttention(LayerConfig):
     Chunks are chosen in float32, by keys and queries that are computed in it.
     Parameters: 4 D H K, + 2 D F with product, + 3 D H with gated. State: S = max(T, chunk) slots of 2 H K numbers of
     `cache_dtype` and 1 / chunk of a float32 summary: F, H K or, with gated, 2 H K numbers, rounded up to whole slots.
-    With a boundary each token might end a chunk, so that a slot has a whole summary and an int32, and a token scores
-    as many chunks as a row has tokens: not for long rows.
+    With a boundary it is 1 / least of one, and an int32; and a token scores T / least chunks, however few there are.
     """
 
     H: int = 4
@@ -77,6 +78,7 @@ class ChunkAttention(LayerConfig):
     chunk: int = 32
     top: int = 4
     boundary: tuple[int, ...] = ()
+    least: int | None = None
     weight: Literal["product", "union", "gated"] = "product"
     window: int | None = None
     position: Literal["chunk", "rope", "none"] = "chunk"
@@ -85,8 +87,12 @@ class ChunkAttention(LayerConfig):
     implementation: Literal["auto", "naive", "chunked"] = "auto"
 
     def __post_init__(self):
-        positive(self, "H", "K", "F", "chunk", "top", "window")
+        positive(self, "H", "K", "F", "chunk", "top", "least", "window")
         one_of(self)
+        if self.least is not None and not self.boundary:
+            raise ValueError(f"ChunkAttention.least is {self.least}: without a boundary all have `chunk`, so say None")
+        if (self.least or 1) > self.chunk:
+            raise ValueError(f"ChunkAttention.least is {self.least}: it must be at most chunk = {self.chunk}")
         if min(self.boundary, default=0) < 0:
             raise ValueError(f"ChunkAttention.boundary is {self.boundary}: entries of a vocabulary are at least 0")
         if self.weight == "union" and self.window is not None:
@@ -105,8 +111,8 @@ class ChunkAttention(LayerConfig):
             cls(H=2, K=8, chunk=4, top=2, window=4),
             cls(H=2, K=8, chunk=4, top=2, weight="union", position="rope", implementation="chunked"),
             cls(H=2, K=8, chunk=4, top=2, weight="gated", window=6, position="none", implementation="chunked"),
-            cls(H=2, K=8, chunk=6, top=2, boundary=tuple(range(0, 50, 5)), window=4),
-            cls(H=2, K=8, chunk=6, top=2, boundary=(3, 9, 27), weight="union", implementation="chunked"),
+            cls(H=2, K=8, chunk=7, top=2, boundary=tuple(range(0, 50, 5)), window=4),
+            cls(H=2, K=8, chunk=6, top=2, boundary=(3, 9, 27), least=3, weight="union", implementation="chunked"),
         )
 
 
@@ -117,7 +123,7 @@ class ChunkAttentionLayer(Layer):
         if config.position == "rope":
             even(config, K)
         self.config, self.K = config, K
-        self.spread = 1 if config.boundary else config.chunk  # slots over which a summary is spread
+        self.least = (config.least or -(-config.chunk // 4)) if config.boundary else config.chunk
         # What is summed over a chunk, for G groups of heads: a map of x; keys; keys and values.
         self.G, self.F = (1, F) if product else (H, K if config.weight == "union" else 2 * K)
         self.query = Einsum("BTD,DHK->BTHK", D=D, H=H, K=K, rngs=rngs)
@@ -137,7 +143,7 @@ class ChunkAttentionLayer(Layer):
         return ChunkState(
             keys_BHSK=jnp.zeros((B, H, S, K), dtype),
             values_BHSV=jnp.zeros((B, H, S, K), dtype),
-            summary_BSF=jnp.zeros((B, S, -(-self.G * self.F // self.spread)), kind),
+            summary_BSF=jnp.zeros((B, S, -(-self.G * self.F // self.least)), kind),
             end_BS=jnp.zeros((B, S), jnp.int32) if self.config.boundary else None,
             sum_BGF=jnp.zeros((B, self.G, self.F), kind),
             counts=Counts(*(jnp.zeros(B, jnp.int32) for _ in Counts._fields)),  # one array twice could not be donated
@@ -153,7 +159,7 @@ class ChunkAttentionLayer(Layer):
         ends_BT = None
         if c.boundary:
             ends_BT = functools.reduce(jnp.logical_or, (tokens.ids_BT == word for word in c.boundary))
-        at, counts, stayed_B = places(pos_BT, c.chunk, S, before.counts, ends_BT)
+        at, counts, stayed_B = places(pos_BT, c.chunk, S, before.counts, ends_BT, self.least)
         q_BTHK, k_BTHK, v_BTHV, ask_BTGF, told_BTGF = self._maps(x_BTD, pos_BT, at.slot_BT)
         # Rounded to the cache before use: the same numbers whether a key is read now or in a later piece.
         k_BTHK, v_BTHV = k_BTHK.astype(before.keys_BHSK.dtype), v_BTHV.astype(before.values_BHSV.dtype)
@@ -165,7 +171,7 @@ class ChunkAttentionLayer(Layer):
         if before.end_BS is not None:
             end_BS = lay(before.end_BS, jnp.where((at.done_BT > 0) & (at.lies_BT < S), at.upto_BT, S), at.lies_BT + 1)
             begin_BN = jnp.pad(end_BS[:, :-1], ((0, 0), (1, 0)))
-            size_BN = end_BS - begin_BN  # of chunks that are not there yet, anything
+            size_BN, begin_BN = ((a[:, : S // self.least]) for a in (end_BS - begin_BN, begin_BN))
         after = ChunkState(keys_BHSK, values_BHSV, summary_BSF, end_BS, sum_BGF, counts)
 
         near, reach = None, c.chunk if c.weight == "union" else c.window or 0
@@ -174,8 +180,8 @@ class ChunkAttentionLayer(Layer):
             # Of one token what came before it can be read after it was written, which leaves the cache in place.
             cache = after if T == 1 else before
             near = _near(cache, before.counts, (k_BTHK, v_BTHV), at, lead, self._first(at))
-        N = S // self.spread
-        summary_BNGF = summary_BSF[:, : N * self.spread].reshape(B, N, -1)[..., : self.G * self.F]
+        N = S // self.least
+        summary_BNGF = summary_BSF[:, : N * self.least].reshape(B, N, -1)[..., : self.G * self.F]
         summary_BNGF = summary_BNGF.reshape(B, N, self.G, self.F).astype(kind)
         got = chunk_attention(
             q_BTHK,
@@ -239,31 +245,30 @@ class ChunkAttentionLayer(Layer):
         self, before: ChunkState, told_BTGF: Array, at: Places, counts: Counts, stayed_B: Array
     ) -> tuple[Array, Array]:
         """The summaries with those of the chunks that were completed, and the sum of what is unfinished now."""
-        (B, S, R), C, T = before.summary_BSF.shape, self.spread, told_BTGF.shape[1]
+        (B, S, F), R, T = before.summary_BSF.shape, self.least, told_BTGF.shape[1]
         done_B1 = (counts.count_B - before.counts.count_B)[:, None]
-        most = -(-T // C)  # chunks that a piece may complete
+        most = -(-T // R)  # chunks that a piece may complete
         kept_BT = at.lies_BT < S
-        if C > 1:
-            room = jnp.zeros((B, (most + 1) * C, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
+        size: Any = R
+        if before.end_BS is None:
+            room = jnp.zeros((B, (most + 1) * R, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
             here_BT = jnp.where(kept_BT, at.lies_BT - before.counts.used_B[:, None], room.shape[1])
-            sum_BNGF = jnp.sum(lay(room, here_BT, told_BTGF).reshape(B, most + 1, C, *told_BTGF.shape[2:]), 2)
+            sum_BNGF = jnp.sum(lay(room, here_BT, told_BTGF).reshape(B, most + 1, R, *told_BTGF.shape[2:]), 2)
         else:
             room = jnp.zeros((B, most + 1, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
             here_BT = jnp.where(kept_BT, at.upto_BT - before.counts.count_B[:, None], most + 1)
             add = jax.vmap(lambda room_NGF, n_T, told_TGF: room_NGF.at[n_T].add(told_TGF, mode="drop"))
             sum_BNGF = add(room, here_BT, told_BTGF.astype(room.dtype))
+            size_BN = lay(jnp.ones((B, most), jnp.int32), jnp.where(at.done_BT > 0, here_BT, most), at.slot_BT + 1)
+            size = size_BN[..., None, None].astype(room.dtype)
         sum_BNGF = sum_BNGF.at[:, 0].add(jnp.where(stayed_B[:, None, None], before.sum_BGF, 0))
         sum_BGF = jnp.take_along_axis(sum_BNGF, done_B1[..., None, None], 1)[:, 0]
 
-        slot_1S = jnp.arange(most * C, dtype=jnp.int32)[None]
-        lies_BS = jnp.where(slot_1S < done_B1 * C, before.counts.count_B[:, None] * C + slot_1S, S)
-        size: Any = C
-        if before.end_BS is not None:
-            size_BN = lay(jnp.ones((B, most), jnp.int32), jnp.where(at.done_BT > 0, here_BT, most), at.slot_BT + 1)
-            size = size_BN[..., None, None].astype(sum_BNGF.dtype)
+        slot_1S = jnp.arange(most * R, dtype=jnp.int32)[None]
+        lies_BS = jnp.where(slot_1S < done_B1 * R, before.counts.count_B[:, None] * R + slot_1S, S)
         mean_BNF = (sum_BNGF[:, :most] / size).reshape(B, most, -1)
-        mean_BNF = jnp.pad(mean_BNF, ((0, 0), (0, 0), (0, C * R - mean_BNF.shape[-1])))
-        return lay(before.summary_BSF, lies_BS, mean_BNF.reshape(B, most * C, -1)), sum_BGF
+        mean_BNF = jnp.pad(mean_BNF, ((0, 0), (0, 0), (0, R * F - mean_BNF.shape[-1])))
+        return lay(before.summary_BSF, lies_BS, mean_BNF.reshape(B, most * R, F)), sum_BGF
 
 
 def _near(cache: ChunkState, counts: Counts, new: tuple[Array, Array], at: Places, lead: int, first_BT: Array) -> Near:

@@ -164,12 +164,17 @@ def test_blocks_of_queries_on_a_mesh(monkeypatch):
     )
 
 
-WORDS = (3, 7, 11, 21, 30, 41)  # at which chunks end
+OFTEN = tuple(range(0, 50, 3))  # words at which chunks end
 TOLD = (
-    dataclasses.replace(CONFIGS[1], chunk=6, boundary=WORDS),
-    dataclasses.replace(CONFIGS[2], chunk=6, boundary=WORDS, position="none"),
-    dataclasses.replace(CONFIGS[3], chunk=6, boundary=WORDS),
+    dataclasses.replace(CONFIGS[1], chunk=6, boundary=(3, 7, 11, 21, 30, 41), least=1),
+    dataclasses.replace(CONFIGS[2], chunk=6, boundary=OFTEN, position="none", least=2),
+    dataclasses.replace(CONFIGS[3], chunk=6, boundary=OFTEN, least=3),
 )
+
+
+def whole(config, ids_T, chunk: list[int]) -> bool:
+    """Whether a chunk is at its end."""
+    return len(chunk) == config.chunk or (len(chunk) >= config.least and ids_T[chunk[-1]] in config.boundary)
 
 
 def chunks_by_hand(config, ids_T, pos_T) -> list[list[int]]:
@@ -182,7 +187,7 @@ def chunks_by_hand(config, ids_T, pos_T) -> list[list[int]]:
         if ended or pos_T[t] == 0:
             chunks.append([])
         chunks[-1].append(t)
-        ended = len(chunks[-1]) == config.chunk or (config.boundary and ids_T[t] in config.boundary)
+        ended = whole(config, ids_T, chunks[-1])
     return chunks
 
 
@@ -196,7 +201,7 @@ def literally(layer, x_BTD, said):
         of_NT = np.array([[t in one for t in range(T)] for one in chunks])
         own_T = np.array([next((n for n in range(N) if of_NT[n, t]), -1) for t in range(T)])
         slot_T = np.array([chunks[n].index(t) if n >= 0 else 0 for t, n in enumerate(own_T)])
-        whole_N = [len(one) == c.chunk or (c.boundary and ids_T[one[-1]] in c.boundary) for one in chunks]
+        whole_N = [whole(c, ids_T, one) for one in chunks]
         valid_T, t_T = pos_T >= 0, np.arange(T)
         same_TT = (document_T[:, None] == document_T[None]) & valid_T[:, None] & valid_T[None]
         before_TT = same_TT & (t_T[None] <= t_T[:, None])
@@ -245,8 +250,11 @@ def test_chunks_that_words_end_are_the_definition(config, float64, monkeypatch):
     """Packed documents and padding; y and every gradient, by both schedules, and one token at a time."""
     monkeypatch.setattr(chunk_select, "LONGEST", 8)
     layer, x_BTD, dy_BTD = built(config), stream(T), live(stream(T, 1))
-    sizes = [len(one) for row in zip(SAID.ids_BT, SAID.pos_BT, strict=True) for one in chunks_by_hand(config, *row)]
-    assert {1, 2, 6} <= set(sizes), sizes
+    rows = zip(SAID.ids_BT, SAID.pos_BT, strict=True)
+    chunks = [(ids, one) for ids, pos in rows for one in chunks_by_hand(config, ids, pos)]
+    sizes = {len(one) for ids, one in chunks if whole(config, ids, one)}
+    inside = any(ids[t] in config.boundary for ids, one in chunks for t in one[:-1])
+    assert max(sizes) == 6 and len(sizes) > 2 and inside == (config.least > 1), sizes
 
     def want(layer):
         y_BTD, back = jax.vjp(lambda layer, x: literally(layer, x, SAID), layer, jnp.asarray(x_BTD))
@@ -382,6 +390,8 @@ def test_chunks_told_from_outside(float64):
         (lambda: ChunkAttention(chunk=0), "ChunkAttention.chunk is 0: it must be at least 1"),
         (lambda: ChunkAttention(top=0), "ChunkAttention.top is 0: it must be at least 1"),
         (lambda: ChunkAttention(boundary=(3, -1)), r"ChunkAttention.boundary is \(3, -1\): .* at least 0"),
+        (lambda: ChunkAttention(least=4), "ChunkAttention.least is 4: without a boundary .* so say None"),
+        (lambda: ChunkAttention(boundary=(3,), least=40), "ChunkAttention.least is 40: it must be at most chunk = 32"),
         (lambda: ChunkAttention(weight="sum"), "ChunkAttention.weight is 'sum': it must be one of product, union, gat"),
         (lambda: ChunkAttention(weight="union", window=8), "ChunkAttention.window is 8: union .* so say None"),
         (lambda: ChunkAttention(weight="gated"), "ChunkAttention.window is None: gated .* such as 64"),

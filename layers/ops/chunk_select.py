@@ -81,25 +81,28 @@ class Read(NamedTuple):
     compressed: Array | None
 
 
-def places(pos_BT: Array, C: int, S: int, before: Counts, ends_BT: Array | None = None) -> tuple[Places, Counts, Array]:
+def places(
+    pos_BT: Array, C: int, S: int, before: Counts, ends_BT: Array | None = None, least: int = 1
+) -> tuple[Places, Counts, Array]:
     """Of the tokens of a piece, in chunks that begin with their document; what is laid then; and whether the chunk that
     was unfinished before still lies there, bool [B].
 
-    A chunk ends with its C-th token, or sooner with a token of `ends_BT` (bool; None: none). Chunks count the tokens of
-    a document that were read: pos tells where documents begin, and what is padding.
+    A chunk ends with its C-th token, or sooner with one of `ends_BT` (bool; None: none) if that is its `least`-th or a
+    later one. Chunks count the tokens of a document that were read: pos tells where documents begin, and what is
+    padding.
     """
     valid_BT = pos_BT >= 0
     begins_BT = pos_BT == 0
     number_BT = jnp.cumsum(valid_BT, 1, dtype=jnp.int32)
     end_B1, time_BT = number_BT[:, -1:], jnp.where(valid_BT, number_BT - 1, -1)
     held_B1, count_B1, from_B1, used_B1, first_B1 = (a[:, None] for a in before)
-    # Where chunks of C are counted from: its document's start, or behind the last token of `ends`.
-    origin_BT = lax.cummax(jnp.where(begins_BT, time_BT, -held_B1), axis=1)
-    ends_BT = jnp.zeros_like(valid_BT) if ends_BT is None else valid_BT & ends_BT
-    behind_BT = lax.cummax(jnp.where(ends_BT, time_BT + 1, -held_B1), axis=1)
-    origin_BT = jnp.maximum(origin_BT, jnp.concatenate([-held_B1, behind_BT[:, :-1]], 1))
+    if ends_BT is None:  # of whole chunks, that of their document does
+        origin_BT = lax.cummax(jnp.where(begins_BT, time_BT, -held_B1), axis=1)
+        ends_BT = jnp.zeros_like(valid_BT)
+    else:
+        origin_BT = _origins(time_BT, begins_BT, ends_BT, held_B1, C, least)
     slot_BT = jnp.maximum(time_BT - origin_BT, 0) % C
-    done_BT = (valid_BT & ((slot_BT == C - 1) | ends_BT)).astype(jnp.int32)
+    done_BT = (valid_BT & ((slot_BT == C - 1) | (ends_BT & (slot_BT >= least - 1)))).astype(jnp.int32)
     size_BT = done_BT * (slot_BT + 1)
     upto_BT = count_B1 + jnp.cumsum(done_BT, 1, dtype=jnp.int32) - done_BT
     under_BT = used_B1 + jnp.cumsum(size_BT, 1, dtype=jnp.int32) - size_BT  # slots of the chunks before its own
@@ -123,14 +126,49 @@ def places(pos_BT: Array, C: int, S: int, before: Counts, ends_BT: Array | None 
         jnp.where(valid_BT, upto_BT, 0),
     )
     stayed_B1 = (last_BT[:, :1] < next_BT[:, :1]) | (next_BT[:, :1] == end_B1)
+    open_BT = jnp.where(done_BT > 0, time_BT + 1, jnp.where(begins_BT, time_BT, -held_B1))
     after = Counts(
-        (end_B1 - jnp.maximum(origin_BT, behind_BT)[:, -1:])[:, 0] % C,
+        end_B1[:, 0] - jnp.max(open_BT, 1),
         before.count_B + jnp.sum(done_BT, 1, dtype=jnp.int32),
         from_BT[:, -1],
         before.used_B + jnp.sum(size_BT, 1, dtype=jnp.int32),
         lax.cummax(jnp.where(begins_BT, under_BT, first_B1), axis=1)[:, -1],
     )
     return at, after, stayed_B1[:, 0]
+
+
+def _origins(time_BT: Array, begins_BT: Array, ends_BT: Array, held_B1: Array, C: int, least: int) -> Array:
+    """The time of the first token of each token's chunk, int32 [B, T]; anything for padding.
+
+    Where the next chunk would begin is known of each token as if one began with it. The chunks that do begin are those
+    on the way from the documents' starts, which is walked in strides that double.
+    """
+    T = time_BT.shape[1]
+    t_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    at_BT = jnp.where(time_BT < 0, T, time_BT)  # padding is left out
+
+    def first_from(what_BT: Array) -> Array:
+        """The first of these at or after each time, [B, T + 1]; T for none."""
+        there_BT = lay(jnp.zeros_like(what_BT), at_BT, what_BT)
+        first_BT = lax.cummin(jnp.where(there_BT, t_1T, T), axis=1, reverse=True)
+        return jnp.pad(first_BT, ((0, 0), (0, 1)), constant_values=T)
+
+    end_BT, begin_BT = first_from(ends_BT), first_from(begins_BT)
+
+    def next_of(begin: Array) -> Array:
+        """Where the chunk ends that begins at these times, below 0 for the one that was unfinished before: its next."""
+        ended = jnp.take_along_axis(end_BT, jnp.clip(begin + least - 1, 0, T), 1)
+        document = jnp.take_along_axis(begin_BT, jnp.clip(begin + 1, 0, T), 1)
+        return jnp.minimum(jnp.minimum(begin + C, ended + 1), jnp.minimum(document, T))
+
+    begun_BT = begin_BT[:, :T] == t_1T
+    begun_BT |= next_of(jnp.where(begun_BT[:, :1], T, -held_B1)) == t_1T
+    hop_BT, one_BT = next_of(jnp.broadcast_to(t_1T, begun_BT.shape)), jnp.ones_like(begun_BT)
+    for _ in range((T - 1).bit_length()):
+        begun_BT |= lay(jnp.zeros_like(begun_BT), jnp.where(begun_BT, hop_BT, T), one_BT)
+        hop_BT = jnp.take_along_axis(jnp.pad(hop_BT, ((0, 0), (0, 1)), constant_values=T), hop_BT, 1)
+    origin_BT = lax.cummax(jnp.where(begun_BT, t_1T, -held_B1), axis=1)
+    return jnp.take_along_axis(origin_BT, jnp.maximum(time_BT, 0), 1)
 
 
 def by_id(id_BT: Array, C: int, N: int) -> tuple[Array, Array, Array]:
