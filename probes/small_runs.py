@@ -17,7 +17,7 @@ from models.lm import LM, LanguageModel
 from models.loss import score_tokens
 from models.parameters import Params, Structure, flatten
 from training.data import Batch, Dataset
-from training.experiment import AdamW, Experiment, Train
+from training.experiment import AdamW, Experiment, Muon, Train
 from training.optimizer import build_optimizer
 from training.step import init_state, train_step
 
@@ -25,7 +25,7 @@ from training.step import init_state, train_step
 class SmallRun:
     """A model over a dataset: `train` goes on step by step, `accuracy` asks it as it is."""
 
-    def __init__(self, model: LM, data: Dataset, optimizer: AdamW, steps: int):
+    def __init__(self, model: LM, data: Dataset, optimizer: AdamW | Muon, steps: int):
         self.data, self.model = data, model
         self.experiment = Experiment("study", model, data.config, optimizer, Train(steps=steps))
         shapes = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
@@ -50,9 +50,10 @@ class SmallRun:
         scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip)
         return jnp.sum(scores.correct), jnp.sum(scores.asked)
 
-    def accuracy(self, params: Params, skip: tuple[str, ...] = ()) -> float:
-        """Share of the held-out questions answered right, without the layers of `skip`."""
-        counts = np.sum([jax.device_get(self._asked(params, b, skip=skip)) for b in self.data.held_out()], 0)
+    def accuracy(self, params: Params, skip: tuple[str, ...] = (), data: Dataset | None = None) -> float:
+        """Share of the held-out questions (or of those of `data`) answered right, without the layers of `skip`."""
+        batches = (data or self.data).held_out()
+        counts = np.sum([jax.device_get(self._asked(params, b, skip=skip)) for b in batches], 0)
         return float(counts[0] / counts[1])
 
 
@@ -78,11 +79,12 @@ def door(
     study: Callable[[Ledger, int, int, Console], None],
     report: Callable[[Ledger, Path, int, int], None],
     folder: Path,
+    steps: int = 400,
 ) -> None:
     """The command line of a study: what is not in its ledger is trained, and then the report is written."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=folder, help=f"where it is written (default {folder})")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of training (default {steps})")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
     options = parser.parse_args()
     ledger, console = Ledger(options.folder / "study.jsonl"), Console()
