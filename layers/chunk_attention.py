@@ -7,7 +7,8 @@ mixture of block attention (MoBA, Lu et al. 2025, arXiv 2502.13189) or has the t
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Self
+import functools
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,14 @@ from layers.ops.rope import rope
 class ChunkState(NamedTuple):
     """S slots: complete chunks one after the other, then the unfinished one, which the next document writes over.
 
-    summary_BSF: that of chunk n lies in its C slots, F numbers in each. sum_BGF: of the unfinished chunk.
+    summary_BSF: that of chunk n is spread over slots n R .. n R + R - 1, F numbers in each; R is the least that a chunk
+    holds. end_BS: with a boundary, where chunk n ends is in slot n; else None. sum_BGF: of the unfinished chunk.
     """
 
     keys_BHSK: Array
     values_BHSV: Array
     summary_BSF: Array
+    end_BS: Array | None
     sum_BGF: Array
     counts: Counts
 
@@ -40,6 +43,11 @@ class ChunkAttention(LayerConfig):
     """y = W_out · (what was read of the `top` best of the complete chunks of the document that lie before the token).
 
     chunk: tokens of a chunk; the first chunk begins with the document. top: chunks that a token reads.
+    boundary: entries of the vocabulary with which a chunk ends, such as a full stop, the line break behind what a
+        speaker says, or what stands between documents of a text. Chunks are then sentences, turns or documents, of
+        `chunk` tokens at most: a longer one is cut there. (): every chunk has `chunk` tokens.
+    least: tokens that a chunk has at least: before that nothing ends it. Of few tokens there are many chunks; None: a
+        quarter of `chunk`, rounded up.
     H, K: heads, and channels of each; None = D / H.
     F: width of the score <W x, W' mean> / sqrt(F) of product; None = K.
     weight: "product": softmax over the chosen chunks times softmax over the tokens of each (HCAM). The first chunk of
@@ -51,8 +59,8 @@ class ChunkAttention(LayerConfig):
     window: a token also sees the last so many, itself included, under a softmax of its own; None = not. With product
         it is added; gated takes one; union has the token's own chunk instead.
     position: what keys and values know of their place. "chunk": a sinusoidal code of the place in the chunk, counted
-        from its end, added to what the maps of both read (HCAM); "rope": queries and keys turned by their place in the
-        document; "none".
+        from its end (or from where it would end if it were full), added to what the maps of both read (HCAM); "rope":
+        queries and keys turned by their place in the document; "none".
     stop_gradient: no gradient into what is remembered, only into the maps that read it (HCAM in reinforcement
         learning). A token that sees no other then learns nothing through this layer.
     cache_dtype: "float32" or "bfloat16", of keys and values in the state.
@@ -61,6 +69,7 @@ class ChunkAttention(LayerConfig):
     Chunks are chosen in float32, by keys and queries that are computed in it.
     Parameters: 4 D H K, + 2 D F with product, + 3 D H with gated. State: S = max(T, chunk) slots of 2 H K numbers of
     `cache_dtype` and 1 / chunk of a float32 summary: F, H K or, with gated, 2 H K numbers, rounded up to whole slots.
+    With a boundary it is 1 / least of one, and an int32; and a token scores T / least chunks, however few there are.
     """
 
     H: int = 4
@@ -68,6 +77,8 @@ class ChunkAttention(LayerConfig):
     F: int | None = None
     chunk: int = 32
     top: int = 4
+    boundary: tuple[int, ...] = ()
+    least: int | None = None
     weight: Literal["product", "union", "gated"] = "product"
     window: int | None = None
     position: Literal["chunk", "rope", "none"] = "chunk"
@@ -76,8 +87,14 @@ class ChunkAttention(LayerConfig):
     implementation: Literal["auto", "naive", "chunked"] = "auto"
 
     def __post_init__(self):
-        positive(self, "H", "K", "F", "chunk", "top", "window")
+        positive(self, "H", "K", "F", "chunk", "top", "least", "window")
         one_of(self)
+        if self.least is not None and not self.boundary:
+            raise ValueError(f"ChunkAttention.least is {self.least}: without a boundary all have `chunk`, so say None")
+        if (self.least or 1) > self.chunk:
+            raise ValueError(f"ChunkAttention.least is {self.least}: it must be at most chunk = {self.chunk}")
+        if min(self.boundary, default=0) < 0:
+            raise ValueError(f"ChunkAttention.boundary is {self.boundary}: entries of a vocabulary are at least 0")
         if self.weight == "union" and self.window is not None:
             raise ValueError(f"ChunkAttention.window is {self.window}: union sees its own chunk instead, so say None")
         if self.weight == "gated" and self.window is None:
@@ -94,6 +111,8 @@ class ChunkAttention(LayerConfig):
             cls(H=2, K=8, chunk=4, top=2, window=4),
             cls(H=2, K=8, chunk=4, top=2, weight="union", position="rope", implementation="chunked"),
             cls(H=2, K=8, chunk=4, top=2, weight="gated", window=6, position="none", implementation="chunked"),
+            cls(H=2, K=8, chunk=7, top=2, boundary=tuple(range(0, 50, 5)), window=4),
+            cls(H=2, K=8, chunk=6, top=2, boundary=(3, 9, 27), least=3, weight="union", implementation="chunked"),
         )
 
 
@@ -104,6 +123,7 @@ class ChunkAttentionLayer(Layer):
         if config.position == "rope":
             even(config, K)
         self.config, self.K = config, K
+        self.least = (config.least or -(-config.chunk // 4)) if config.boundary else config.chunk
         # What is summed over a chunk, for G groups of heads: a map of x; keys; keys and values.
         self.G, self.F = (1, F) if product else (H, K if config.weight == "union" else 2 * K)
         self.query = Einsum("BTD,DHK->BTHK", D=D, H=H, K=K, rngs=rngs)
@@ -119,14 +139,14 @@ class ChunkAttentionLayer(Layer):
         return self._empty(B, T, jnp.dtype(self.config.cache_dtype), jnp.dtype(jnp.float32))
 
     def _empty(self, B: int, T: int, dtype: jnp.dtype, kind: jnp.dtype) -> ChunkState:
-        C, H, K = self.config.chunk, self.config.H, self.K
-        S = max(T, C)
+        H, K, S = self.config.H, self.K, max(T, self.config.chunk)
         return ChunkState(
             keys_BHSK=jnp.zeros((B, H, S, K), dtype),
             values_BHSV=jnp.zeros((B, H, S, K), dtype),
-            summary_BSF=jnp.zeros((B, S, -(-self.G * self.F // C)), kind),
+            summary_BSF=jnp.zeros((B, S, -(-self.G * self.F // self.least)), kind),
+            end_BS=jnp.zeros((B, S), jnp.int32) if self.config.boundary else None,
             sum_BGF=jnp.zeros((B, self.G, self.F), kind),
-            counts=Counts(*(jnp.zeros(B, jnp.int32) for _ in range(3))),  # not one array thrice, which none may donate
+            counts=Counts(*(jnp.zeros(B, jnp.int32) for _ in Counts._fields)),  # one array twice could not be donated
         )
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: ChunkState | None = None) -> Out:
@@ -136,7 +156,10 @@ class ChunkAttentionLayer(Layer):
         S = before.keys_BHSK.shape[2]
         if T > S:
             raise ValueError(f"ChunkAttention reads a piece of {T} tokens into a state for {S}: init_state a larger T")
-        at, counts, stayed_B = places(pos_BT, c.chunk, S, before.counts)
+        ends_BT = None
+        if c.boundary:
+            ends_BT = functools.reduce(jnp.logical_or, (tokens.ids_BT == word for word in c.boundary))
+        at, counts, stayed_B = places(pos_BT, c.chunk, S, before.counts, ends_BT, self.least)
         q_BTHK, k_BTHK, v_BTHV, ask_BTGF, told_BTGF = self._maps(x_BTD, pos_BT, at.slot_BT)
         # Rounded to the cache before use: the same numbers whether a key is read now or in a later piece.
         k_BTHK, v_BTHV = k_BTHK.astype(before.keys_BHSK.dtype), v_BTHV.astype(before.values_BHSV.dtype)
@@ -144,16 +167,21 @@ class ChunkAttentionLayer(Layer):
         keys_BHSK = lay_heads(before.keys_BHSK, at.lies_BT, k_BTHK)
         values_BHSV = lay_heads(before.values_BHSV, at.lies_BT, v_BTHV)
         summary_BSF, sum_BGF = self._sum(before, told_BTGF, at, counts, stayed_B)
-        after = ChunkState(keys_BHSK, values_BHSV, summary_BSF, sum_BGF, counts)
+        end_BS = size_BN = begin_BN = None
+        if before.end_BS is not None:
+            end_BS = lay(before.end_BS, jnp.where((at.done_BT > 0) & (at.lies_BT < S), at.upto_BT, S), at.lies_BT + 1)
+            begin_BN = jnp.pad(end_BS[:, :-1], ((0, 0), (1, 0)))
+            size_BN, begin_BN = ((a[:, : S // self.least]) for a in (end_BS - begin_BN, begin_BN))
+        after = ChunkState(keys_BHSK, values_BHSV, summary_BSF, end_BS, sum_BGF, counts)
 
         near, reach = None, c.chunk if c.weight == "union" else c.window or 0
         if reach:
             lead = 0 if state is None else reach - 1
             # Of one token what came before it can be read after it was written, which leaves the cache in place.
             cache = after if T == 1 else before
-            near = _near(cache, before.counts, c.chunk, (k_BTHK, v_BTHV), at, lead, self._first(at))
-        N = S // c.chunk
-        summary_BNGF = summary_BSF[:, : N * c.chunk].reshape(B, N, -1)[..., : self.G * self.F]
+            near = _near(cache, before.counts, (k_BTHK, v_BTHV), at, lead, self._first(at))
+        N = S // self.least
+        summary_BNGF = summary_BSF[:, : N * self.least].reshape(B, N, -1)[..., : self.G * self.F]
         summary_BNGF = summary_BNGF.reshape(B, N, self.G, self.F).astype(kind)
         got = chunk_attention(
             q_BTHK,
@@ -169,6 +197,8 @@ class ChunkAttentionLayer(Layer):
             near=near,
             reach=reach,
             content_BNHV=summary_BNGF[..., self.K :] if c.weight == "gated" else None,
+            size_BN=size_BN,
+            begin_BN=begin_BN,
             implementation=c.implementation,
         )
         y_BTHV = got.selected
@@ -179,7 +209,7 @@ class ChunkAttentionLayer(Layer):
         elif got.near is not None:
             y_BTHV = y_BTHV + got.near
         if state is not None:
-            lost_BT = (pos_BT >= 0) & (at.upto_BT * c.chunk + at.slot_BT >= S)
+            lost_BT = (pos_BT >= 0) & (at.row_BT >= S)
             y_BTHV = jnp.where(lost_BT[:, :, None, None], jnp.asarray(jnp.nan, y_BTHV.dtype), y_BTHV)
         return Out(self.out(y_BTHV), None if state is None else after)
 
@@ -215,25 +245,33 @@ class ChunkAttentionLayer(Layer):
         self, before: ChunkState, told_BTGF: Array, at: Places, counts: Counts, stayed_B: Array
     ) -> tuple[Array, Array]:
         """The summaries with those of the chunks that were completed, and the sum of what is unfinished now."""
-        (B, S, _), C, T = before.summary_BSF.shape, self.config.chunk, told_BTGF.shape[1]
+        (B, S, F), R, T = before.summary_BSF.shape, self.least, told_BTGF.shape[1]
         done_B1 = (counts.count_B - before.counts.count_B)[:, None]
-        most = -(-T // C)  # chunks that a piece may complete
-        room = jnp.zeros((B, (most + 1) * C, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
-        here_BT = jnp.where(at.lies_BT < S, at.lies_BT - before.counts.count_B[:, None] * C, room.shape[1])
-        sum_BNGF = jnp.sum(lay(room, here_BT, told_BTGF).reshape(B, most + 1, C, *told_BTGF.shape[2:]), 2)
+        most = -(-T // R)  # chunks that a piece may complete
+        kept_BT = at.lies_BT < S
+        size: Any = R
+        if before.end_BS is None:
+            room = jnp.zeros((B, (most + 1) * R, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
+            here_BT = jnp.where(kept_BT, at.lies_BT - before.counts.used_B[:, None], room.shape[1])
+            sum_BNGF = jnp.sum(lay(room, here_BT, told_BTGF).reshape(B, most + 1, R, *told_BTGF.shape[2:]), 2)
+        else:
+            room = jnp.zeros((B, most + 1, *told_BTGF.shape[2:]), before.sum_BGF.dtype)
+            here_BT = jnp.where(kept_BT, at.upto_BT - before.counts.count_B[:, None], most + 1)
+            add = jax.vmap(lambda room_NGF, n_T, told_TGF: room_NGF.at[n_T].add(told_TGF, mode="drop"))
+            sum_BNGF = add(room, here_BT, told_BTGF.astype(room.dtype))
+            size_BN = lay(jnp.ones((B, most), jnp.int32), jnp.where(at.done_BT > 0, here_BT, most), at.slot_BT + 1)
+            size = size_BN[..., None, None].astype(room.dtype)
         sum_BNGF = sum_BNGF.at[:, 0].add(jnp.where(stayed_B[:, None, None], before.sum_BGF, 0))
         sum_BGF = jnp.take_along_axis(sum_BNGF, done_B1[..., None, None], 1)[:, 0]
 
-        mean_BNF = (sum_BNGF[:, :most] / C).reshape(B, most, -1)
-        mean_BNF = jnp.pad(mean_BNF, ((0, 0), (0, 0), (0, C * before.summary_BSF.shape[-1] - mean_BNF.shape[-1])))
-        slot_1S = jnp.arange(most * C, dtype=jnp.int32)[None]
-        lies_BS = jnp.where(slot_1S < done_B1 * C, before.counts.count_B[:, None] * C + slot_1S, S)
-        return lay(before.summary_BSF, lies_BS, mean_BNF.reshape(B, most * C, -1)), sum_BGF
+        slot_1S = jnp.arange(most * R, dtype=jnp.int32)[None]
+        lies_BS = jnp.where(slot_1S < done_B1 * R, before.counts.count_B[:, None] * R + slot_1S, S)
+        mean_BNF = (sum_BNGF[:, :most] / size).reshape(B, most, -1)
+        mean_BNF = jnp.pad(mean_BNF, ((0, 0), (0, 0), (0, R * F - mean_BNF.shape[-1])))
+        return lay(before.summary_BSF, lies_BS, mean_BNF.reshape(B, most * R, F)), sum_BGF
 
 
-def _near(
-    cache: ChunkState, counts: Counts, C: int, new: tuple[Array, Array], at: Places, lead: int, first_BT: Array
-) -> Near:
+def _near(cache: ChunkState, counts: Counts, new: tuple[Array, Array], at: Places, lead: int, first_BT: Array) -> Near:
     """The last `lead` tokens of the document that goes on, from the cache, and then those of the piece."""
     (B, T), S = at.time_BT.shape, cache.keys_BHSK.shape[2]
     # Without padding, so that what a block of queries sees lies in a band.
@@ -241,7 +279,7 @@ def _near(
     order_BT = lay(jnp.full((B, T), T, jnp.int32), jnp.where(at.time_BT < 0, T, at.time_BT), number_BT)
     k, v = (read(a, order_BT).swapaxes(1, 2) for a in new)
     if lead:
-        end_B1 = (counts.count_B * C + counts.held_B)[:, None]
+        end_B1 = (counts.used_B + counts.held_B)[:, None]
         slot_BS = jnp.clip(end_B1 - lead + jnp.arange(lead, dtype=jnp.int32)[None], 0, S - 1)
         of_heads = jax.vmap(read, (1, None), 1)
         k = jnp.concatenate([of_heads(cache.keys_BHSK, slot_BS), k], 2)

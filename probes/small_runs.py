@@ -80,11 +80,12 @@ def door(
     study: Callable[[Ledger, int, int, Console], None],
     report: Callable[[Ledger, Path, int, int], None],
     folder: Path,
+    steps: int = 400,
 ) -> None:
     """The command line of a study: what is not in its ledger is trained, and then the report is written."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=folder, help=f"where it is written (default {folder})")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default 400)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of training (default {steps})")
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind (default 3)")
     options = parser.parse_args()
     ledger, console = Ledger(options.folder / "study.jsonl"), Console()

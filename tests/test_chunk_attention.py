@@ -164,6 +164,114 @@ def test_blocks_of_queries_on_a_mesh(monkeypatch):
     )
 
 
+OFTEN = tuple(range(0, 50, 3))  # words at which chunks end
+TOLD = (
+    dataclasses.replace(CONFIGS[1], chunk=6, boundary=(3, 7, 11, 21, 30, 41), least=1),
+    dataclasses.replace(CONFIGS[2], chunk=6, boundary=OFTEN, position="none", least=2),
+    dataclasses.replace(CONFIGS[3], chunk=6, boundary=OFTEN, least=3),
+)
+
+
+def whole(config, ids_T, chunk: list[int]) -> bool:
+    """Whether a chunk is at its end."""
+    return len(chunk) == config.chunk or (len(chunk) >= config.least and ids_T[chunk[-1]] in config.boundary)
+
+
+def chunks_by_hand(config, ids_T, pos_T) -> list[list[int]]:
+    """The tokens of each chunk of a row, a token at a time; a chunk that its document left unfinished is the last or
+    is followed by a chunk of another document."""
+    chunks, ended = [], True
+    for t in range(len(pos_T)):
+        if pos_T[t] < 0:
+            continue
+        if ended or pos_T[t] == 0:
+            chunks.append([])
+        chunks[-1].append(t)
+        ended = whole(config, ids_T, chunks[-1])
+    return chunks
+
+
+def literally(layer, x_BTD, said):
+    """What a layer with a boundary answers, from masks of tokens by tokens: no slots, no state, no fetching."""
+    c, T, rows = layer.config, x_BTD.shape[1], []
+    for b in range(len(x_BTD)):
+        pos_T, ids_T = said.pos_BT[b], said.ids_BT[b]
+        chunks = chunks_by_hand(c, ids_T, pos_T)
+        N, document_T = len(chunks), np.cumsum(pos_T == 0)
+        of_NT = np.array([[t in one for t in range(T)] for one in chunks])
+        own_T = np.array([next((n for n in range(N) if of_NT[n, t]), -1) for t in range(T)])
+        slot_T = np.array([chunks[n].index(t) if n >= 0 else 0 for t, n in enumerate(own_T)])
+        whole_N = [whole(c, ids_T, one) for one in chunks]
+        valid_T, t_T = pos_T >= 0, np.arange(T)
+        same_TT = (document_T[:, None] == document_T[None]) & valid_T[:, None] & valid_T[None]
+        before_TT = same_TT & (t_T[None] <= t_T[:, None])
+        read_TN = np.array([[same_TT[t, one[0]] and one[-1] < t for one in chunks] for t in range(T)])
+        read_TN &= np.array(whole_N)[None]
+        ago_TT = np.cumsum(valid_T)[:, None] - np.cumsum(valid_T)[None]
+        near_TT = before_TT & ((own_T[:, None] == own_T[None]) if c.weight == "union" else (ago_TT < c.window))
+
+        q_THK, k_THK, v_THV, ask_TGF, told_TGF = (a[0] for a in layer._maps(x_BTD[b][None], pos_T[None], slot_T[None]))
+        mean_NGF = jnp.einsum("nt,tgf->ngf", of_NT / of_NT.sum(1, keepdims=True), told_TGF)
+        answers = []
+        for h in range(c.H):
+            g = h if ask_TGF.shape[1] > 1 else 0
+            F = ask_TGF.shape[2]
+            score_TN = ask_TGF[:, g] @ mean_NGF[:, g, :F].T / np.sqrt(F)
+            s_TT = q_THK[:, h] @ k_THK[:, h].T / np.sqrt(layer.K)
+            order_TN = np.argsort(np.where(read_TN, -np.asarray(jax.lax.stop_gradient(score_TN)), np.inf), 1, "stable")
+            chosen_TN = read_TN & (np.argsort(order_TN, 1) < c.top)
+            far_TT = chosen_TN @ of_NT
+
+            def mean(s, seen, values):
+                p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0)), 0)
+                return p / jnp.maximum(p.sum(1, keepdims=True), 1e-300) @ values
+
+            v_TV = v_THV[:, h]
+            if c.weight == "union":
+                answers.append(mean(s_TT, far_TT | near_TT, v_TV))
+                continue
+            near_TV = mean(s_TT, near_TT, v_TV)
+            if c.weight == "product":
+                parts_NTV = jnp.stack([mean(s_TT, np.broadcast_to(of_NT[n], (T, T)), v_TV) for n in range(N)])
+                p_TN = mean(score_TN, chosen_TN, jnp.eye(N))
+                answers.append(jnp.einsum("tn,ntv->tv", p_TN, parts_NTV) + near_TV)
+            else:
+                gate_TM = jax.nn.sigmoid(layer.gate(x_BTD[b][None])[0, :, :, h])
+                three = mean(score_TN, read_TN, mean_NGF[:, g, F:]), mean(s_TT, far_TT, v_TV), near_TV
+                answers.append(sum(gate_TM[:, i, None] * part for i, part in enumerate(three)))
+        rows.append(layer.out(jnp.stack(answers, 1)[None])[0])
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c.weight == "union"), id=c.weight) for c in TOLD]
+)
+def test_chunks_that_words_end_are_the_definition(config, float64, monkeypatch):
+    """Packed documents and padding; y and every gradient, by both schedules, and one token at a time."""
+    monkeypatch.setattr(chunk_select, "LONGEST", 8)
+    layer, x_BTD, dy_BTD = built(config), stream(T), live(stream(T, 1))
+    rows = zip(SAID.ids_BT, SAID.pos_BT, strict=True)
+    chunks = [(ids, one) for ids, pos in rows for one in chunks_by_hand(config, ids, pos)]
+    sizes = {len(one) for ids, one in chunks if whole(config, ids, one)}
+    inside = any(ids[t] in config.boundary for ids, one in chunks for t in one[:-1])
+    assert max(sizes) == 6 and len(sizes) > 2 and inside == (config.least > 1), sizes
+
+    def want(layer):
+        y_BTD, back = jax.vjp(lambda layer, x: literally(layer, x, SAID), layer, jnp.asarray(x_BTD))
+        return live(y_BTD), jax.tree.leaves(back(jnp.asarray(dy_BTD)))
+
+    want_y, slopes = want(layer)
+    for name in ("naive", "chunked"):
+        y_BTD, *got = pull(read_by(layer, implementation=name), x_BTD, SAID, dy_BTD)
+        same(live(y_BTD), want_y, f"y, {name}")
+        same_tree(jax.tree.leaves(got), slopes, f"gradients, {name}")
+    state, ys = cast(layer.init_state(B, T), np.float64), []
+    for t in range(T):
+        y_B1D, state = apply(layer, x_BTD[:, t : t + 1], Said(*(a[:, t : t + 1] for a in SAID)), state)
+        ys.append(y_B1D)
+    same(live(np.concatenate(ys, 1)), want_y, "y, one by one")
+
+
 def test_only_complete_chunks_of_the_past_are_read(float64):
     """Without a readable chunk y is exactly zero; a token alters y where its chunk is complete, and at its own place.
 
@@ -281,6 +389,9 @@ def test_chunks_told_from_outside(float64):
     [
         (lambda: ChunkAttention(chunk=0), "ChunkAttention.chunk is 0: it must be at least 1"),
         (lambda: ChunkAttention(top=0), "ChunkAttention.top is 0: it must be at least 1"),
+        (lambda: ChunkAttention(boundary=(3, -1)), r"ChunkAttention.boundary is \(3, -1\): .* at least 0"),
+        (lambda: ChunkAttention(least=4), "ChunkAttention.least is 4: without a boundary .* so say None"),
+        (lambda: ChunkAttention(boundary=(3,), least=40), "ChunkAttention.least is 40: it must be at most chunk = 32"),
         (lambda: ChunkAttention(weight="sum"), "ChunkAttention.weight is 'sum': it must be one of product, union, gat"),
         (lambda: ChunkAttention(weight="union", window=8), "ChunkAttention.window is 8: union .* so say None"),
         (lambda: ChunkAttention(weight="gated"), "ChunkAttention.window is None: gated .* such as 64"),

@@ -48,7 +48,7 @@ SIZED = sorted(name for name, path in FILES.items() if "\nsizes = " in path.read
 
 @pytest.mark.parametrize("name", SIZED)
 def test_sizes_state_their_parameters_too(name):
-    """A name like 340M is near the count beside tables: papers count otherwise, and layers made of two have more."""
+    """A name like 340M is near the count, of all or beside tables: papers count otherwise, and two in one have more."""
     found = re.findall(r"@([\d.]+[MB])", FILES[name].read_text().split("\n")[0])
     sizes = list(runpy.run_path(str(FILES[name]))["sizes"])
     assert {found[0], found[-1]} == {sizes[0], sizes[-1]}
@@ -58,10 +58,33 @@ def test_sizes_state_their_parameters_too(name):
         specs = flatten(shapes)[1].specs
         assert config.parameters == parameter_count(specs)
         beside = parameter_count({name: spec for name, spec in specs.items() if not spec.table})
-        assert 0.7 < beside / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) < 1.7
+        said = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+        assert any(0.7 < count / said < 1.7 for count in (beside, config.parameters))
         assert size in config.description
     with pytest.raises(settings.ConfigError, match=f"{name}@2B: .* has no size '2B': it has {', '.join(sizes)}$"):
         settings.load(FILES[name], "2B")
+
+
+def shapes_of(name, size):
+    model = settings.load(FILES[name], size).model
+    return flatten(jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))))[1].specs
+
+
+def test_counts_that_were_published():
+    """Llama-3-8B has 8,030,261,248 parameters; Engram's tables 5.7B and 18.5B; MoBA's models no vocabulary."""
+    llama = 8_030_261_248
+    keys_and_values = 2 * 4096 * (4096 - 1024)  # of each head, where Llama has 8 groups
+    of_lizard = 2 * 32 * 128 * 64 + 4096 + 32 * 4 + 1  # maps, gate, t, alpha
+    assert parameter_count(shapes_of("lizard", "8B")) == llama + 32 * (keys_and_values + of_lizard)
+    for size, billions in (("9.6B", 5.7), ("22B", 18.5)):
+        specs = shapes_of("engram", size)
+        tables = parameter_count({name: spec for name, spec in specs.items() if spec.table})
+        assert abs(tables / (billions * 1e9) - 1) < 0.02
+        assert abs((parameter_count(specs) - tables) / 3.8e9 - 1) < 0.01  # what the paper's models activate
+    for size in ("568M", "822M", "1.1B", "1.5B", "2.1B"):
+        config = settings.load(FILES["chunk_attention"], size)
+        count = config.parameters - 2 * config.model.W * config.model.D
+        assert abs(count / (float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]) - 1) < 0.06
 
 
 def test_a_config_without_sizes_says_so():

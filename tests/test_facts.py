@@ -9,7 +9,7 @@ from rich.console import Console
 from layers.engram import Engram
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
-from probes import engram_study, mixture_study
+from probes import based_study, chunk_study, engram_study, mixture_study
 from probes.small_runs import Ledger
 from probes.tasks.dances import Dances
 from probes.tasks.facts import Facts
@@ -69,6 +69,40 @@ def test_a_mixture_study_is_read_from_its_ledger(tmp_path, monkeypatch):
     mixture_study.report(Ledger(path), tmp_path, 3, 1)
     table = (tmp_path / "study.md").read_text()
     assert "| one large | 512 | 8 | 0.500 | 0.000 |" in table and "| mixture | 512 | 8 |" in table
+
+
+def test_studies_of_delays_and_of_state_are_read_from_their_ledgers(tmp_path, monkeypatch):
+    key = {"seed": 0, "steps": 3, "loss": 1.0, "accuracy": 0.5}
+    delays = [key | {"name": name, "delay": n} for name in chunk_study.MIXERS for n in chunk_study.DELAYS]
+    small = {("window", 8): based_study.models()["window", 8]}  # bytes of the others take a second each
+    monkeypatch.setattr(based_study, "models", lambda: small)
+    # Two inputs of the convolution; keys, values and times of eight tokens, and two counts.
+    state = 4 * (2 * 64 + 2 * 8 * 64 + 8 + 2)
+    assert based_study.state_bytes(small["window", 8]) == state
+    pairs = [key | {"name": "window", "size": 8, "state": state, "pairs": n} for n in based_study.PAIRS]
+    for module, rows, line in (
+        (chunk_study, delays, "| chunks |" + " 0.500 ± 0.000 |" * len(chunk_study.DELAYS)),
+        (based_study, pairs, f"| window 8 | {state} |" + " 0.500 ± 0.000 |" * len(based_study.PAIRS)),
+    ):
+        path = tmp_path / "study.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.setattr(module, "SmallRun", None)
+        module.study(Ledger(path), 3, 1, Console(quiet=True))
+        module.report(Ledger(path), tmp_path, 3, 1)
+        assert line in (tmp_path / "study.md").read_text().splitlines()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"recall.png", "trade.png"}
+
+
+@pytest.mark.slow
+def test_studies_of_delays_and_of_state_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_study, "MIXERS", {"window": chunk_study.MIXERS["window"]})
+    small = {("window", 8): based_study.models()["window", 8]}
+    monkeypatch.setattr(based_study, "models", lambda: small)
+    for module, asked in ((chunk_study, chunk_study.DELAYS), (based_study, based_study.PAIRS)):
+        ledger = Ledger(tmp_path / f"{module.__name__}.jsonl")
+        module.study(ledger, 2, 1, Console(quiet=True))
+        assert [row.get("delay", row.get("pairs")) for row in ledger.rows] == list(asked)
+        assert all(0 <= row["accuracy"] < 0.2 for row in ledger.rows)
 
 
 def test_a_dance_is_said_again():

@@ -8,9 +8,9 @@
 product is hierarchical chunk attention (Lampinen et al. 2021, arXiv 2105.14039), union is mixture of block attention
 (Lu et al. 2025, arXiv 2502.13189), gated has the branches of native sparse attention (Yuan et al. 2025, 2502.11089).
 
-N chunks of C slots lie one after the other, numbered as they were completed; a token may read those from `from` up to
-`upto`. Two schedules: "naive" is the definition, with a score for each slot of each chunk. "chunked" fetches the chunks
-that a query chose, a block of queries after the other, and computes a block again in its backward pass.
+N chunks of up to C slots lie one after the other, numbered as they were completed; a token may read those from `from`
+up to `upto`. Two schedules: "naive" is the definition, with a score for each slot of each chunk. "chunked" fetches the
+chunks that a query chose, a block of queries after the other, and computes a block again in its backward pass.
 """
 
 import functools
@@ -32,25 +32,30 @@ DENSE = 2**19  # queries times slots up to which the definition is the faster fo
 
 class Counts(NamedTuple):
     """What has been laid of a row, int32: held_B tokens of an unfinished chunk, count_B complete chunks, of which the
-    first from_B are of earlier documents."""
+    first from_B are of earlier documents; used_B slots of complete chunks, of which the first first_B are."""
 
     held_B: Array
     count_B: Array
     from_B: Array
+    used_B: Array
+    first_B: Array
 
 
 class Places(NamedTuple):
     """Where the tokens of a piece stand, int32 [B, T].
 
     time: number in the piece, padding not counted; -1 for padding. start: that of its document's first token, below 0
-    where that came in an earlier piece. slot: in its chunk. lies: slot in the row, whose unfinished chunk gives way to
-    the next document; S for tokens that gave way in this piece, and padding. from_, upto: chunks that it may read.
+    where that came in an earlier piece. slot: in its chunk. row: slot in the row, whose unfinished chunk gives way to
+    the next document. lies: the same, S for tokens that gave way in this piece, and padding. done: 1 for the last of a
+    chunk. from_, upto: chunks that it may read; upto is the number of its own.
     """
 
     time_BT: Array
     start_BT: Array
     slot_BT: Array
+    row_BT: Array
     lies_BT: Array
+    done_BT: Array
     from_BT: Array
     upto_BT: Array
 
@@ -76,37 +81,94 @@ class Read(NamedTuple):
     compressed: Array | None
 
 
-def places(pos_BT: Array, C: int, S: int, before: Counts) -> tuple[Places, Counts, Array]:
+def places(
+    pos_BT: Array, C: int, S: int, before: Counts, ends_BT: Array | None = None, least: int = 1
+) -> tuple[Places, Counts, Array]:
     """Of the tokens of a piece, in chunks that begin with their document; what is laid then; and whether the chunk that
     was unfinished before still lies there, bool [B].
 
-    Chunks count the tokens of a document that were read: pos tells where documents begin, and what is padding.
+    A chunk ends with its C-th token, or sooner with one of `ends_BT` (bool; None: none) if that is its `least`-th or a
+    later one. Chunks count the tokens of a document that were read: pos tells where documents begin, and what is
+    padding.
     """
     valid_BT = pos_BT >= 0
     begins_BT = pos_BT == 0
     number_BT = jnp.cumsum(valid_BT, 1, dtype=jnp.int32)
     end_B1, time_BT = number_BT[:, -1:], jnp.where(valid_BT, number_BT - 1, -1)
-    held_B1, count_B1, from_B1 = (a[:, None] for a in before)
-    origin_BT = lax.cummax(jnp.where(begins_BT, time_BT, -held_B1), axis=1)  # where its document's chunks are counted
-    place_BT = jnp.maximum(time_BT - origin_BT, 0)
-    slot_BT = place_BT % C
-    done_BT = (valid_BT & (slot_BT == C - 1)).astype(jnp.int32)
+    held_B1, count_B1, from_B1, used_B1, first_B1 = (a[:, None] for a in before)
+    if ends_BT is None:  # of whole chunks, that of their document does
+        origin_BT = lax.cummax(jnp.where(begins_BT, time_BT, -held_B1), axis=1)
+        ends_BT = jnp.zeros_like(valid_BT)
+    else:
+        origin_BT = _origins(time_BT, begins_BT, ends_BT, held_B1, C, least)
+    slot_BT = jnp.maximum(time_BT - origin_BT, 0) % C
+    done_BT = (valid_BT & ((slot_BT == C - 1) | (ends_BT & (slot_BT >= least - 1)))).astype(jnp.int32)
+    size_BT = done_BT * (slot_BT + 1)
     upto_BT = count_B1 + jnp.cumsum(done_BT, 1, dtype=jnp.int32) - done_BT
+    under_BT = used_B1 + jnp.cumsum(size_BT, 1, dtype=jnp.int32) - size_BT  # slots of the chunks before its own
     from_BT = lax.cummax(jnp.where(begins_BT, upto_BT, from_B1), axis=1)
-    start_BT = lax.cummax(jnp.where(begins_BT, time_BT, (from_B1 - count_B1) * C - held_B1), axis=1)
+    start_BT = lax.cummax(jnp.where(begins_BT, time_BT, first_B1 - used_B1 - held_B1), axis=1)
 
     # A chunk stays if its document goes on until it is complete, or to the end of the piece.
     next_BT = lax.cummin(jnp.where(begins_BT, time_BT, end_B1), axis=1, reverse=True)
     after_BT = jnp.concatenate([next_BT[:, 1:], end_B1], 1)
-    stays_BT = valid_BT & ((time_BT - slot_BT + C <= after_BT) | (after_BT == end_B1))
-    lies_BT = jnp.where(stays_BT, upto_BT * C + slot_BT, S)
-    at = Places(time_BT, start_BT, slot_BT, lies_BT, jnp.where(valid_BT, from_BT, 0), jnp.where(valid_BT, upto_BT, 0))
-
-    stayed_B = (C - held_B1 <= next_BT[:, :1]) | (next_BT[:, :1] == end_B1)
-    after = Counts(
-        (end_B1 - origin_BT[:, -1:])[:, 0] % C, before.count_B + jnp.sum(done_BT, 1, dtype=jnp.int32), from_BT[:, -1]
+    last_BT = lax.cummin(jnp.where(done_BT > 0, time_BT, end_B1), axis=1, reverse=True)  # of its chunk
+    stays_BT = valid_BT & ((last_BT < after_BT) | (after_BT == end_B1))
+    row_BT = under_BT + slot_BT
+    at = Places(
+        time_BT,
+        start_BT,
+        slot_BT,
+        row_BT,
+        jnp.where(stays_BT, row_BT, S),
+        done_BT,
+        jnp.where(valid_BT, from_BT, 0),
+        jnp.where(valid_BT, upto_BT, 0),
     )
-    return at, after, stayed_B[:, 0]
+    stayed_B1 = (last_BT[:, :1] < next_BT[:, :1]) | (next_BT[:, :1] == end_B1)
+    open_BT = jnp.where(done_BT > 0, time_BT + 1, jnp.where(begins_BT, time_BT, -held_B1))
+    after = Counts(
+        end_B1[:, 0] - jnp.max(open_BT, 1),
+        before.count_B + jnp.sum(done_BT, 1, dtype=jnp.int32),
+        from_BT[:, -1],
+        before.used_B + jnp.sum(size_BT, 1, dtype=jnp.int32),
+        lax.cummax(jnp.where(begins_BT, under_BT, first_B1), axis=1)[:, -1],
+    )
+    return at, after, stayed_B1[:, 0]
+
+
+def _origins(time_BT: Array, begins_BT: Array, ends_BT: Array, held_B1: Array, C: int, least: int) -> Array:
+    """The time of the first token of each token's chunk, int32 [B, T]; anything for padding.
+
+    Where the next chunk would begin is known of each token as if one began with it. The chunks that do begin are those
+    on the way from the documents' starts, which is walked in strides that double.
+    """
+    T = time_BT.shape[1]
+    t_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    at_BT = jnp.where(time_BT < 0, T, time_BT)  # padding is left out
+
+    def first_from(what_BT: Array) -> Array:
+        """The first of these at or after each time, [B, T + 1]; T for none."""
+        there_BT = lay(jnp.zeros_like(what_BT), at_BT, what_BT)
+        first_BT = lax.cummin(jnp.where(there_BT, t_1T, T), axis=1, reverse=True)
+        return jnp.pad(first_BT, ((0, 0), (0, 1)), constant_values=T)
+
+    end_BT, begin_BT = first_from(ends_BT), first_from(begins_BT)
+
+    def next_of(begin: Array) -> Array:
+        """Where the chunk ends that begins at these times, below 0 for the one that was unfinished before: its next."""
+        ended = jnp.take_along_axis(end_BT, jnp.clip(begin + least - 1, 0, T), 1)
+        document = jnp.take_along_axis(begin_BT, jnp.clip(begin + 1, 0, T), 1)
+        return jnp.minimum(jnp.minimum(begin + C, ended + 1), jnp.minimum(document, T))
+
+    begun_BT = begin_BT[:, :T] == t_1T
+    begun_BT |= next_of(jnp.where(begun_BT[:, :1], T, -held_B1)) == t_1T
+    hop_BT, one_BT = next_of(jnp.broadcast_to(t_1T, begun_BT.shape)), jnp.ones_like(begun_BT)
+    for _ in range((T - 1).bit_length()):
+        begun_BT |= lay(jnp.zeros_like(begun_BT), jnp.where(begun_BT, hop_BT, T), one_BT)
+        hop_BT = jnp.take_along_axis(jnp.pad(hop_BT, ((0, 0), (0, 1)), constant_values=T), hop_BT, 1)
+    origin_BT = lax.cummax(jnp.where(begun_BT, t_1T, -held_B1), axis=1)
+    return jnp.take_along_axis(origin_BT, jnp.maximum(time_BT, 0), 1)
 
 
 def by_id(id_BT: Array, C: int, N: int) -> tuple[Array, Array, Array]:
@@ -158,24 +220,26 @@ def chunk_attention(
     reach: int = 1,
     content_BNHV: Array | None = None,
     size_BN: Array | None = None,
+    begin_BN: Array | None = None,
     block: int | None = None,
     implementation: str = "auto",
 ) -> Read:
     """Reads in the dtype of q: zero where there is nothing to read.
 
-    k_BHSK, v_BHSV: chunk n lies in slots n C .. n C + C - 1; S >= N C. Their dtype may be that of a cache.
+    k_BHSK, v_BHSV: chunk n lies in slots n C .. n C + C - 1, S >= N C; or from begin_BN on, S >= C. Their dtype may be
+        that of a cache.
     ask_BTGF, summary_BNGF: what chunks are chosen by, in float32 or float64: G = 1 for all heads as one, or H.
     from_BT, upto_BT: int32, the chunks that a query may read are from .. upto - 1.
     near, reach: what else a query sees, and how many at most; under a softmax of its own but for union.
     content_BNHV: values of the summaries, for gated, which reads them by the scores that choose.
-    size_BN: tokens of each chunk, which fill its first slots; None = C.
+    size_BN: tokens of each chunk, which fill its first slots; None = C. begin_BN: its first slot; None = n C.
     block: queries at a time of "chunked". implementation: "naive" | "chunked" | "auto".
 
     Of equal scores the first chunk is chosen. Softmaxes and sums are float32 (float64 for float64 inputs). The choice
     has no gradient, so that ask and summary have none under union.
     """
     (B, T, H, K), (S, V), (N, G) = q_BTHK.shape, v_BHSV.shape[2:], summary_BNGF.shape[1:3]
-    if G not in (1, H) or S < N * chunk or N < 1:
+    if G not in (1, H) or N < 1 or S < chunk * (N if begin_BN is None else 1):
         raise ValueError(f"chunk_attention: {N} chunks of {chunk} in {S} slots, {G} scores for {H} heads: do not fit")
     if (weight != "product" and near is None) or (weight == "gated" and content_BNHV is None):
         raise ValueError(f"chunk_attention: {weight} asks for `near`, and gated for `content_BNHV`")
@@ -186,7 +250,7 @@ def chunk_attention(
     if size_BN is None:
         size_BN = jnp.full((B, N), chunk, jnp.int32)
     beside = None if near is None else (near.k_BHSK, near.v_BHSV)
-    text = _Text(k_BHSK, v_BHSV, summary_BNGF, size_BN, beside, content_BNHV)
+    text = _Text(k_BHSK, v_BHSV, summary_BNGF, size_BN, begin_BN, beside, content_BNHV)
     nothing_BT = jnp.full((B, T), -1, jnp.int32)
     sight = (nothing_BT, nothing_BT) if near is None else (near.first_BT, near.last_BT)
     asked = _Asked(q_BTHK, ask_BTGF, from_BT, upto_BT, *sight)
@@ -221,6 +285,7 @@ class _Text(NamedTuple):
     v_BHSV: Array
     summary_BNGF: Array
     size_BN: Array
+    begin_BN: Array | None
     near: tuple[Array, Array] | None
     content_BNHV: Array | None
 
@@ -284,25 +349,43 @@ def _read(text: _Text, asked: _Asked, how: _How) -> Read:
 
 def _all(text: _Text, q_BHTK: Array, score_BGTN: Array, chosen: list[Array], C: int) -> tuple[_Found, Array, Array]:
     """Every slot of every chunk, of which those of chosen chunks are seen."""
-    S = score_BGTN.shape[-1] * C
+    N = score_BGTN.shape[-1]
     live_BGTN = functools.reduce(jnp.logical_or, chosen)
-    filled_B11NC = (jnp.arange(C, dtype=jnp.int32)[None, None] < text.size_BN[..., None])[:, None, None]
-    seen_BGTS = (live_BGTN[..., None] & filled_B11NC).reshape(*live_BGTN.shape[:3], S)
-    return _meet("bhs", q_BHTK, text.k_BHSK[:, :, :S], text.v_BHSV[:, :, :S], seen_BGTS), score_BGTN, live_BGTN
+    k_BHSK, v_BHSV = text.k_BHSK, text.v_BHSV
+    if text.begin_BN is None:
+        k_BHSK, v_BHSV = k_BHSK[:, :, : N * C], v_BHSV[:, :, : N * C]
+    first_BN, lead_BN, end_BN = _slots(text, C)
+    if text.begin_BN is not None:  # as for one query that reads all chunks
+        k_BHSK, v_BHSV = (fetch(a, first_BN[:, None, None], C)[:, :, 0] for a in (k_BHSK, v_BHSV))
+    c_11C = jnp.arange(C, dtype=jnp.int32)[None, None]
+    filled_BNC = (lead_BN[..., None] <= c_11C) & (c_11C < end_BN[..., None])
+    seen_BGTS = (live_BGTN[..., None] & filled_BNC[:, None, None]).reshape(*live_BGTN.shape[:3], N * C)
+    return _meet("bhs", q_BHTK, k_BHSK, v_BHSV, seen_BGTS), score_BGTN, live_BGTN
+
+
+def _slots(text: _Text, C: int) -> tuple[Array, Array, Array]:
+    """Of each chunk, int32 [B, N]: the first of C slots in a row that hold it, and it is those from `lead` to `end`."""
+    if text.begin_BN is None:
+        n_1N = jnp.arange(text.size_BN.shape[1], dtype=jnp.int32)[None]
+        return jnp.broadcast_to(n_1N * C, text.size_BN.shape), jnp.zeros_like(text.size_BN), text.size_BN
+    first_BN = jnp.minimum(text.begin_BN, text.k_BHSK.shape[2] - C)  # so that behind the last ones lie C too
+    lead_BN = text.begin_BN - first_BN
+    return first_BN, lead_BN, lead_BN + text.size_BN
 
 
 def _fetched(text: _Text, q_BHTK: Array, score_BGTN: Array, chosen: list[Array], C: int) -> tuple[_Found, Array, Array]:
     """The slots of chosen chunks alone."""
-    at_BGTN = jnp.stack([jnp.argmax(one, -1) for one in chosen], -1).astype(jnp.int32)
     live_BGTN = jnp.stack([jnp.any(one, -1) for one in chosen], -1)
-    worth_BGTN, size_BGTN = (
-        jnp.stack([jnp.sum(jnp.where(one, a, 0), -1, dtype=a.dtype) for one in chosen], -1)
-        for a in (score_BGTN, text.size_BN[:, None, None])
-    )
-    filled_BGTNC = jnp.arange(C, dtype=jnp.int32)[None, None, None, None] < size_BGTN[..., None]
+
+    def of_chosen(a_BGTN: Array) -> Array:
+        return jnp.stack([jnp.sum(jnp.where(one, a_BGTN, 0), -1, dtype=a_BGTN.dtype) for one in chosen], -1)
+
+    first, lead, end = (of_chosen(a[:, None, None]) for a in _slots(text, C))
+    c_1111C = jnp.arange(C, dtype=jnp.int32)[None, None, None, None]
+    filled_BGTNC = (lead[..., None] <= c_1111C) & (c_1111C < end[..., None])
     seen_BGTS = (live_BGTN[..., None] & filled_BGTNC).reshape(*live_BGTN.shape[:3], -1)
-    k_BHTSK, v_BHTSV = fetch(text.k_BHSK, at_BGTN, C), fetch(text.v_BHSV, at_BGTN, C)
-    return _meet("bhts", q_BHTK, k_BHTSK, v_BHTSV, seen_BGTS), worth_BGTN, live_BGTN
+    k_BHTSK, v_BHTSV = fetch(text.k_BHSK, first, C), fetch(text.v_BHSV, first, C)
+    return _meet("bhts", q_BHTK, k_BHTSK, v_BHTSV, seen_BGTS), of_chosen(score_BGTN), live_BGTN
 
 
 def _near(k_BHSK: Array, v_BHSV: Array, q_BHTK: Array, asked: _Asked, how: _How) -> _Found:
@@ -334,10 +417,10 @@ def _meet(axes: str, q_BHTK: Array, k: Array, v: Array, seen_BGTS: Array) -> _Fo
 
 
 def fetch(a_BHSK: Array, at_BGTN: Array, C: int) -> Array:
-    """The chunks of numbers `at`, one after the other: [B, H, T, N C, K]."""
+    """The C slots from each of `at` on, one after the other: [B, H, T, N C, K]."""
 
-    def one(a_SK: Array, n: Array) -> Array:
-        return lax.dynamic_slice_in_dim(a_SK, n * C, C)
+    def one(a_SK: Array, first: Array) -> Array:
+        return lax.dynamic_slice_in_dim(a_SK, first, C)
 
     (B, H, _, K), (_, _, T, N) = a_BHSK.shape, at_BGTN.shape
     of_queries = jax.vmap(jax.vmap(one, (None, 0)), (None, 0))

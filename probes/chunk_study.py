@@ -1,0 +1,89 @@
+"""Chunk attention beside a window, against the window alone and attention to everything: dances of long ago.
+
+    python -m probes.chunk_study              writes results/chunk_attention/: study.jsonl, study.md, recall.png
+    python -m probes.chunk_study --seeds 1 --steps 40 --folder runs/study        a look
+
+A row shows four dances of three moves, `delay` tokens after each, and asks for one by name (probes/tasks/dances.py).
+One mixer of width 64 behind a gated convolution, without positions. `window`: attention to the last 8 tokens. `chunks`:
+the same window, and the 4 chunks of 8 tokens whose means answer best. `dances`: the same, but a chunk ends at the first
+filler, so that a dance is one. `attention`: to all tokens. Trained on delays of 1 and 4, asked for up to 64. What is in
+study.jsonl is not trained again.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+
+from layers.attention import Attention
+from layers.chunk_attention import ChunkAttention
+from layers.gated_conv import GatedConv
+from layers.layer import LayerConfig
+from models.lm import LM, Stage
+from probes.small_runs import Ledger, SmallRun, curves, door
+from probes.tasks.dances import Dances
+from training.experiment import Muon, Schedule
+
+W, WINDOW, SHOWN, DELAYS = 64, 8, (1, 4), (1, 4, 16, 64)
+CHUNKS = ChunkAttention(H=1, chunk=8, top=4, window=WINDOW, position="none")
+MIXERS: dict[str, LayerConfig] = {
+    "attention": Attention(H=1, rope_theta=None),
+    "dances": dataclasses.replace(CHUNKS, boundary=(0,)),
+    "chunks": CHUNKS,
+    "window": Attention(H=1, window=WINDOW, rope_theta=None),
+}
+
+
+def data_of(delays: tuple[int, ...], T: int = 0) -> Dances:
+    return Dances(T=T, B=256, vocab=W, names=16, dances=4, moves=3, delays=delays, tests=delays, rows=128)
+
+
+def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
+    longest = data_of(DELAYS).T
+    questions = {delay: data_of((delay,), longest).build() for delay in DELAYS}
+    for name, mixer in MIXERS.items():
+        model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
+        optimizer = Muon(lr=3e-2, adam_lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
+        run = None
+        for seed in range(seeds):
+            if ledger.has(name=name, seed=seed, steps=steps, delay=DELAYS[-1]):
+                continue
+            run = run or SmallRun(model, data_of(SHOWN).build(), optimizer, steps)
+            start = time.time()
+            *_, (_, params, loss) = run.train(seed, steps)
+            for delay, data in questions.items():
+                hits = run.accuracy(params, batches=data.held_out())
+                ledger.add(name=name, seed=seed, steps=steps, delay=delay, accuracy=hits, loss=loss)
+            said = ", ".join(f"{row['delay']}: {row['accuracy']:.3f}" for row in ledger.rows[-len(DELAYS) :])
+            console.print(f"{name}, seed {seed}: {said} ({time.time() - start:.0f} s)")
+
+
+def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in ledger.rows if row["steps"] == steps and row["seed"] < seeds]
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    curves(axes, rows, "delay", "accuracy", list(MIXERS))
+    axes.axvspan(min(SHOWN), max(SHOWN), color="grey", alpha=0.12, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens after each dance (grey: trained on)", ylabel="moves said right", ylim=(0, 1.02))
+    axes.set_xticks(DELAYS, map(str, DELAYS))
+    axes.set_title(f"Dances of long ago after {steps} steps; bands: least and most of {seeds} seeds")
+    figure.tight_layout()
+    figure.savefig(folder / "recall.png", dpi=130)
+    lines = [f"| model | {' | '.join(f'delay {delay}' for delay in DELAYS)} |", "|---|" + "---:|" * len(DELAYS)]
+    for name in MIXERS:
+        cells = []
+        for delay in DELAYS:
+            hits = [row["accuracy"] for row in rows if row["name"] == name and row["delay"] == delay]
+            cells.append(f"{np.mean(hits):.3f} ± {np.std(hits, ddof=1) if len(hits) > 1 else 0.0:.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    (folder / "study.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    door(__doc__, study, report, Path("results/chunk_attention"), steps=350)
