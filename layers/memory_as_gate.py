@@ -55,7 +55,7 @@ class MemoryAsGate(LayerConfig):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return (cls(Attention(H=2, window=6, persistent=2), Titans(H=2, K=8, F=12, chunk=4)),)
+        return (cls(Attention(H=2, window=6, persistent=2), Titans(H=2, K=8, depth=1, chunk=4)),)
 
 
 class MemoryAsGateState(NamedTuple):

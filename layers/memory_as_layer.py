@@ -30,7 +30,7 @@ class MemoryAsLayer(LayerConfig):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return (cls(Titans(H=2, K=8, F=10, chunk=4), Attention(H=2, window=6)),)
+        return (cls(Titans(H=2, K=8, depth=1, chunk=4), Attention(H=2, window=6)),)
 
 
 class MemoryAsLayerState(NamedTuple):

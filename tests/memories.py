@@ -11,7 +11,7 @@ from layers.ops import fast_weights as fw
 from layers.ops.memory_forms import Rule, State, Token
 from layers.ops.test_time import Gate, test_time_memory
 
-B, H, K, F = 2, 2, 6, 8
+B, H, K, F = 2, 2, 6, 6  # few sizes: what an operation compiles to is shared
 NETWORKS = {
     "linear": (fw.network("mlp", 1), fw.sizes("mlp", K, K, F, 1), False),
     "mlp": (fw.network("mlp", 2), fw.sizes("mlp", K, K, F, 2), True),

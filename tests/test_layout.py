@@ -146,7 +146,7 @@ def test_parameters_and_moments_lie_where_the_rules_say(name):
     assert moments.count.sharding.is_fully_replicated
     rows = job.layout.mesh.shape["data"]
     batch = jax.device_put(job.dataset.batch(0, 0), job.layout.batch)
-    assert all({s.data.shape for s in array.addressable_shards} == {(B // rows, T)} for array in batch)
+    assert all({s.data.shape for s in array.addressable_shards} == {(B // rows, T)} for array in jax.tree.leaves(batch))
 
 
 def test_momentum_of_muon_and_the_average_lie_as_the_parameters():

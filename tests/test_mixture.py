@@ -148,16 +148,22 @@ def test_balance_and_load_by_hand():
     assert said["specialisation"] == pytest.approx(of_mean - entropy, abs=1e-6)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _routed(p_BTM, pos_BT, count_BM, top):
+    """(what each token goes to, where that lies, the stream)"""
+    chosen = jnp.stack(routing.largest(p_BTM, top), 2) & (pos_BT >= 0)[..., None, None]
+    at = routing.places(chosen.astype(jnp.int32), pos_BT, count_BM)
+    return chosen, at, routing.stream(chosen.astype(jnp.int32), at.place_BTM)
+
+
 @settings(max_examples=9, deadline=None, database=None, derandomize=True)
 @given(st.sampled_from([(1, 1), (4, 1), (4, 3)]), st.sampled_from([1, 12]), st.integers(0, 99))
 def test_streams_hold_each_pair_once_in_order(sizes: tuple[int, int], T: int, seed: int):
     (M, top), rng = sizes, np.random.default_rng(seed)
     pos_BT = np.stack([pad(places(T, *rng.integers(0, T, 2)), (3, 4)), places(T)])
     p_BTM = rng.random((2, T, M)).round(1)  # with ties
-    chosen = np.stack(routing.largest(jnp.asarray(p_BTM), top), 2) & (pos_BT >= 0)[..., None, None]
     count_BM = jnp.asarray(rng.integers(0, 5, (2, M)), jnp.int32)
-    at = routing.places(jnp.asarray(chosen, jnp.int32), jnp.asarray(pos_BT, jnp.int32), count_BM)
-    made = jax.tree.map(np.asarray, routing.stream(jnp.asarray(chosen, jnp.int32), at.place_BTM))
+    chosen, at, made = jax.device_get(_routed(jnp.asarray(p_BTM), jnp.asarray(pos_BT, jnp.int32), count_BM, top))
     for row in range(2):
         slot, held = 0, np.asarray(count_BM)[row].copy()
         place = np.full((T, M), -1)
