@@ -6,7 +6,8 @@ load on the machine touches both sides alike. The clock is the CPU time of the p
 outputs and gradients are compared (`gate`): whoever fails gets no number.
 
 XLA and PyTorch on the CPU take large temporaries from malloc anew at every call; without huge pages the page faults
-cost more than the arithmetic. GLIBC_TUNABLES asks for them, for every contestant alike.
+cost more than the arithmetic. GLIBC_TUNABLES asks for them, and that freed memory is kept, as a training run of ours
+keeps it (training/heap.py): for every contestant alike.
 
 A contestant is a module that calls `serve(load)`; it needs numpy and nothing else of this package. It may so live in
 an environment of its own.
@@ -26,7 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TUNABLES = "glibc.malloc.hugetlb=1"
+TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
+    ":glibc.malloc.top_pad=67108864:glibc.malloc.arena_max=1"
+)
 TOLERANCE = 1e-5  # relative norm of the difference, float32
 ROOT = Path(__file__).resolve().parent.parent
 
