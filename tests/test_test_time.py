@@ -227,7 +227,7 @@ def test_a_broken_table_is_seen(float64, monkeypatch, broken):
 def test_a_chunk_is_not_a_token(float64):
     """With C > 1 another function than online descent: further from it, in proportion, the larger the steps are."""
     distance = {}
-    for scale in (1 / 32, 1 / 64, 1 / 128):
+    for scale in (1 / 64, 1 / 128, 1 / 256):
         ys = []
         for chunk in (1, 8):
             case = Case(32, chunk=chunk)
