@@ -83,6 +83,7 @@ def test_what_cannot_be():
         Disjointness(**SMALL, reading="thrice")
 
 
+@pytest.mark.slow
 def test_a_study_is_written_and_goes_on(tmp_path, monkeypatch):
     """One kind is trained for two steps, whole but small; the others' rows are in the ledger already."""
     path, key = tmp_path / "study.jsonl", {"seed": 0, "steps": 2, "loss": 1.0}

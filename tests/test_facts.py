@@ -39,6 +39,7 @@ def test_what_cannot_be():
         Facts(vocab=1)
 
 
+@pytest.mark.slow
 def test_studies_are_written_and_go_on(tmp_path, monkeypatch):
     """What is in the ledger is not trained again; a picture and a table are made of it."""
     console = Console(quiet=True)

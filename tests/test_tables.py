@@ -209,6 +209,7 @@ def test_averages_leave_the_tables_out():
         assert held["ema"].keys() == held["params"].keys() - set(NAMES) and "embed" in held["ema"]
 
 
+@pytest.mark.slow
 def test_a_lazy_run_goes_on_bit_for_bit(tmp_path):
     engram = Engram(H=1, K=4, rows=50, conv=0)
     changes = {
