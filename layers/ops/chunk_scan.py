@@ -16,12 +16,15 @@ from jax import Array
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
-def scan_chunks(body: Body, shared: Any, state: Any, xs: Any, marks: Any, C: int, group: int = 1) -> tuple[Any, Any]:
+def scan_chunks(
+    body: Body, shared: Any, state: Any, xs: Any, marks: Any, C: int, group: int = 1, *, whole: bool = False
+) -> tuple[Any, Any]:
     """(the state after the last chunk, y [B, T, ...]).
 
     body(shared, state, x [B, C, ...], marks [B, C, ...]) -> (state, y [B, C, ...]), trees of arrays; it closes over no
     array. shared, state, xs: floating-point, all of which have gradients; marks: integers or booleans, [B, T, ...].
-    C · group divides T. The backward pass starts from the state before every `group`-th chunk.
+    C · group divides T. The backward pass starts from the state before every `group`-th chunk. whole: it then takes the
+    group as one chunk, which the body must be able to, rather than one after the other.
     Memory of it: inputs, outputs, T / (C group) states, and what one chunk needs.
     """
     T = jax.tree.leaves(xs)[0].shape[1]
@@ -30,8 +33,8 @@ def scan_chunks(body: Body, shared: Any, state: Any, xs: Any, marks: Any, C: int
         return jax.checkpoint(body)(shared, state, xs, marks)
     body = jax.jit(body, inline=True)  # traced once for all the loops below
 
-    def part(sequences: Any, i: Array) -> Any:
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * C, C, 1), sequences)
+    def part(sequences: Any, i: Array, chunks: int = 1) -> Any:
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * C, chunks * C, 1), sequences)
 
     def write(sequences: Any, i: Array, new: Any) -> Any:
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, i * C, 1), sequences, new)
@@ -81,28 +84,30 @@ def scan_chunks(body: Body, shared: Any, state: Any, xs: Any, marks: Any, C: int
         shared, room, xs, marks = saved
         dstate, dy = slopes
 
+        def pulled(before: Any, i: Array, chunks: int, carry: Any) -> Any:
+            dshared, dstate, dxs = carry
+            mark = part(marks, i, chunks)
+            _, pull = jax.vjp(lambda *a: body(*a, mark), shared, before, part(xs, i, chunks))
+            more, dstate, dx = pull((dstate, part(dy, i, chunks)))
+            return jax.tree.map(jnp.add, dshared, more), dstate, write(dxs, i, dx)
+
         def several(back: Array, carry: Any) -> Any:
             j = N // group - 1 - back
-            states = kept(room, j)
-            if group > 1:
+            before = kept(room, j)
+            if group == 1 or whole:
+                return pulled(before, j * group, group, carry)
 
-                def again(n: Array, carry: Any) -> Any:
-                    state, states = carry
-                    i = j * group + n
-                    return body(shared, state, part(xs, i), part(marks, i))[0], keep(states, n, state)
+            def again(n: Array, carry: Any) -> Any:
+                state, states = carry
+                i = j * group + n
+                return body(shared, state, part(xs, i), part(marks, i))[0], keep(states, n, state)
 
-                last, states = times(group - 1, again, (states, empty(group, states)))
-                states = keep(states, jnp.int32(group - 1), last)
+            last, states = times(group - 1, again, (before, empty(group, before)))
+            states = keep(states, jnp.int32(group - 1), last)
 
             def turn(back: Array, carry: Any) -> Any:
-                dshared, dstate, dxs = carry
                 n = group - 1 - back
-                i = j * group + n
-                before = states if group == 1 else kept(states, n)
-                mark = part(marks, i)
-                _, pull = jax.vjp(lambda *a: body(*a, mark), shared, before, part(xs, i))
-                more, dstate, dx = pull((dstate, part(dy, i)))
-                return jax.tree.map(jnp.add, dshared, more), dstate, write(dxs, i, dx)
+                return pulled(kept(states, n), j * group + n, 1, carry)
 
             return times(group, turn, carry)
 

@@ -307,6 +307,9 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
     """
     T, K, V = xs.q.shape[1], *S.shape[-2:]
     group = 4 if T > 8 * chunk and K * V > chunk * (2 * K + V) else 1
+    # Without decay and erasure a chunk is products alone, and larger ones are the faster in the backward pass.
+    whole = group == 1 and chunk == 32 and T > chunk and xs.g is None and xs.r is None
+    group = 2 if whole else group
     xs, C = _padded(xs, chunk, group)
     segment, bonus, rule = xs.segment, rule.bonus, rule._replace(bonus=None)
     marks = None if segment is None else (segment, _shifted(segment))
@@ -318,7 +321,7 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
         S, y_BHCV = _step(S, _intra(_heads(x._replace(segment=segment)), entering, here), here)
         return S, jnp.swapaxes(y_BHCV, -2, -3)
 
-    S, y_BTHV = scan_chunks(body, bonus, S, xs._replace(segment=None), marks, C, group)
+    S, y_BTHV = scan_chunks(body, bonus, S, xs._replace(segment=None), marks, C, group, whole=whole)
     return y_BTHV[:, :T], S
 
 
