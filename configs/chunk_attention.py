@@ -7,7 +7,8 @@ config = laptop(__doc__, ChunkAttention(H=4, chunk=16, top=4, window=32), 951_68
 
 # Blocks, width, heads, peak learning rate, billions of tokens: the models of MoBA's scaling laws (arXiv 2502.13189),
 # rows of 8,192, chunks of 512, 3 of them a token, of which its own is one. Their names are 12 D² a block to within 6%:
-# they leave the vocabulary out. The learning rates are ours. The other two papers have no size for this house:
+# they leave the vocabulary out. They were not checked against the paper again, and the learning rates are ours. The
+# other two papers have no size for this house:
 # hierarchical chunk attention was published for agents (4 layers), not for text, and native sparse attention in a
 # mixture of experts of 27B, with keys and values shared by 16 heads; this layer shares none. Its three branches are
 # ChunkAttention(weight="gated", chunk=64, top=16, window=512).
