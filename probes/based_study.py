@@ -27,6 +27,7 @@ from models.lm import LM, Stage
 from probes.small_runs import Ledger, SmallRun, curves, door
 from probes.tasks.recall import Recall, Segment
 from training.experiment import AdamW, Schedule
+from training.summary import state_bytes
 
 PAIRS, T, W, NEAR = (4, 8, 16), 64, 128, 16
 WINDOWS, FEATURES = (8, 16, 32, 64), (2, 4, 8)
@@ -51,10 +52,9 @@ def models() -> dict[tuple[str, int], LM]:
     }
 
 
-def state_bytes(model: LM) -> int:
-    """Of one sequence of T tokens."""
-    state = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)).init_state(1, T))
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+def size_of(model: LM) -> int:
+    """Bytes of the state of one sequence of T tokens."""
+    return state_bytes(jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))), T)
 
 
 def data_of(pairs: tuple[int, ...]) -> Recall:
@@ -67,7 +67,7 @@ def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
     questions = {n: data_of((n,)).build() for n in PAIRS}
     for (name, size), model in models().items():
         optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
-        run, state = None, state_bytes(model)
+        run, state = None, size_of(model)
         for seed in range(seeds):
             if ledger.has(name=name, size=size, seed=seed, steps=steps, pairs=PAIRS[-1]):
                 continue
@@ -103,7 +103,7 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
         for n in PAIRS:
             hits = [r["accuracy"] for r in rows if (r["name"], r["size"], r["pairs"]) == (name, size, n)]
             cells.append(f"{np.mean(hits):.3f} ± {np.std(hits, ddof=1) if len(hits) > 1 else 0.0:.3f}")
-        lines.append(f"| {name} {size} | {state_bytes(model)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} {size} | {size_of(model)} | {' | '.join(cells)} |")
     (folder / "study.md").write_text("\n".join(lines) + "\n")
 
 

@@ -79,7 +79,7 @@ def test_studies_of_delays_and_of_state_are_read_from_their_ledgers(tmp_path, mo
     monkeypatch.setattr(based_study, "models", lambda: small)
     # Two inputs of the convolution; keys, values and times of eight tokens, and two counts.
     state = 4 * (2 * 64 + 2 * 8 * 64 + 8 + 2)
-    assert based_study.state_bytes(small["window", 8]) == state
+    assert based_study.size_of(small["window", 8]) == state
     pairs = [key | {"name": "window", "size": 8, "state": state, "pairs": n} for n in based_study.PAIRS]
     for module, rows, line in (
         (chunk_study, delays, "| chunks |" + " 0.500 ± 0.000 |" * len(chunk_study.DELAYS)),

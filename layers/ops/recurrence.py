@@ -106,9 +106,9 @@ def recurrence(
     if implementation == "auto":
         implementation = "naive" if T <= SHORT else "chunked"
     if implementation == "chunked":
-        implementation = "scan" if on_cpu else "split"
+        implementation = "split"
         if on_cpu:  # what a chunk adds grows with its size, what it spares does not: 5 to 25% faster than 64 and 128
-            chunk = min(chunk, 32 if max(S.shape[-2:]) <= 64 else 64)
+            implementation, chunk = "scan", min(chunk, 32 if max(S.shape[-2:]) <= 64 else 64)
     if implementation == "naive":
         y_BTHV, S = _naive(xs, S, rule)
     else:
@@ -307,8 +307,8 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
     """
     T, K, V = xs.q.shape[1], *S.shape[-2:]
     group = 4 if T > 8 * chunk and K * V > chunk * (2 * K + V) else 1
-    # Without decay and erasure a chunk is products alone, and larger ones are the faster in the backward pass.
-    whole = group == 1 and chunk == 32 and T > chunk and xs.g is None and xs.r is None
+    # Without decay and erasure a chunk is products alone, and twice the size, up to 64, is faster in the backward pass.
+    whole = group == 1 and chunk < T and chunk <= 32 and xs.g is None and xs.r is None
     group = 2 if whole else group
     xs, C = _padded(xs, chunk, group)
     segment, bonus, rule = xs.segment, rule.bonus, rule._replace(bonus=None)
