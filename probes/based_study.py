@@ -10,12 +10,11 @@ many features, of which the map makes 1 + f + f². `both`: the Taylor map and th
 included. What is in study.jsonl is not trained again.
 """
 
-import time
+import functools
 from pathlib import Path
 
 import jax
 import matplotlib
-import numpy as np
 from flax import nnx
 from rich.console import Console
 
@@ -24,7 +23,7 @@ from layers.gated_conv import GatedConv
 from layers.layer import LayerConfig
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
-from probes.small_runs import Ledger, SmallRun, curves, door
+from probes.small_runs import Ledger, Questions, SmallRun, curves, door, spread, train_and_ask
 from probes.tasks.recall import Recall, Segment
 from training.experiment import AdamW, Schedule
 from training.summary import state_bytes
@@ -64,21 +63,12 @@ def data_of(pairs: tuple[int, ...]) -> Recall:
 
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
-    questions = {n: data_of((n,)).build() for n in PAIRS}
+    questions: Questions = [({"pairs": n}, data_of((n,)).build().held_out) for n in PAIRS]
     for (name, size), model in models().items():
         optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
-        run, state = None, size_of(model)
-        for seed in range(seeds):
-            if ledger.has(name=name, size=size, seed=seed, steps=steps, pairs=PAIRS[-1]):
-                continue
-            run = run or SmallRun(model, data_of(PAIRS).build(), optimizer, steps)
-            start = time.time()
-            *_, (_, params, loss) = run.train(seed, steps)
-            for n, data in questions.items():
-                hits = run.accuracy(params, batches=data.held_out())
-                ledger.add(name=name, size=size, seed=seed, steps=steps, state=state, pairs=n, accuracy=hits, loss=loss)
-            said = ", ".join(f"{row['pairs']}: {row['accuracy']:.3f}" for row in ledger.rows[-len(PAIRS) :])
-            console.print(f"{name} {size}, {state} bytes, seed {seed}: {said} ({time.time() - start:.0f} s)")
+        run = functools.partial(SmallRun, model, data_of(PAIRS).build(), optimizer, steps)
+        key = {"name": name, "size": size, "state": size_of(model)}
+        train_and_ask(ledger, key, run, questions, steps, seeds, console)
 
 
 def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
@@ -102,7 +92,7 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
         cells = []
         for n in PAIRS:
             hits = [r["accuracy"] for r in rows if (r["name"], r["size"], r["pairs"]) == (name, size, n)]
-            cells.append(f"{np.mean(hits):.3f} ± {np.std(hits, ddof=1) if len(hits) > 1 else 0.0:.3f}")
+            cells.append(spread(hits))
         lines.append(f"| {name} {size} | {size_of(model)} | {' | '.join(cells)} |")
     (folder / "study.md").write_text("\n".join(lines) + "\n")
 

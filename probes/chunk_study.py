@@ -11,11 +11,10 @@ study.jsonl is not trained again.
 """
 
 import dataclasses
-import time
+import functools
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from rich.console import Console
 
 from layers.attention import Attention
@@ -23,7 +22,7 @@ from layers.chunk_attention import ChunkAttention
 from layers.gated_conv import GatedConv
 from layers.layer import LayerConfig
 from models.lm import LM, Stage
-from probes.small_runs import Ledger, SmallRun, curves, door
+from probes.small_runs import Ledger, Questions, SmallRun, curves, door, spread, train_and_ask
 from probes.tasks.dances import Dances
 from training.experiment import Muon, Schedule
 
@@ -43,22 +42,12 @@ def data_of(delays: tuple[int, ...], T: int = 0) -> Dances:
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
     longest = data_of(DELAYS).T
-    questions = {delay: data_of((delay,), longest).build() for delay in DELAYS}
+    questions: Questions = [({"delay": delay}, data_of((delay,), longest).build().held_out) for delay in DELAYS]
     for name, mixer in MIXERS.items():
         model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
         optimizer = Muon(lr=3e-2, adam_lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
-        run = None
-        for seed in range(seeds):
-            if ledger.has(name=name, seed=seed, steps=steps, delay=DELAYS[-1]):
-                continue
-            run = run or SmallRun(model, data_of(SHOWN).build(), optimizer, steps)
-            start = time.time()
-            *_, (_, params, loss) = run.train(seed, steps)
-            for delay, data in questions.items():
-                hits = run.accuracy(params, batches=data.held_out())
-                ledger.add(name=name, seed=seed, steps=steps, delay=delay, accuracy=hits, loss=loss)
-            said = ", ".join(f"{row['delay']}: {row['accuracy']:.3f}" for row in ledger.rows[-len(DELAYS) :])
-            console.print(f"{name}, seed {seed}: {said} ({time.time() - start:.0f} s)")
+        run = functools.partial(SmallRun, model, data_of(SHOWN).build(), optimizer, steps)
+        train_and_ask(ledger, {"name": name}, run, questions, steps, seeds, console)
 
 
 def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
@@ -80,7 +69,7 @@ def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:
         cells = []
         for delay in DELAYS:
             hits = [row["accuracy"] for row in rows if row["name"] == name and row["delay"] == delay]
-            cells.append(f"{np.mean(hits):.3f} ± {np.std(hits, ddof=1) if len(hits) > 1 else 0.0:.3f}")
+            cells.append(spread(hits))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     (folder / "study.md").write_text("\n".join(lines) + "\n")
 

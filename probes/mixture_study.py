@@ -8,7 +8,7 @@ state of four small ones. `mixture`: four small ones, two for a token, none shar
 token touches half. Everything is trained on all numbers of pairs at once. What is in study.jsonl is not trained again.
 """
 
-import time
+import functools
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +20,7 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.layer import LayerConfig
 from layers.mixture import MixtureOfMemories
 from models.lm import LM, Stage
-from probes.small_runs import Ledger, SmallRun, curves, door
+from probes.small_runs import Ledger, Questions, SmallRun, curves, door, train_and_ask
 from probes.tasks.recall import Recall, Segment
 from training.experiment import AdamW, Schedule
 
@@ -41,23 +41,12 @@ def data_of(pairs: tuple[int, ...]) -> Recall:
 
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
-    alone = {n: data_of((n,)).build() for n in PAIRS}
+    questions: Questions = [({"pairs": n}, data_of((n,)).build().held_out) for n in PAIRS]
     for name, mixer in MIXERS.items():
         model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
         optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
-        run, asked = None, {}
-        for seed in range(seeds):
-            if ledger.has(name=name, seed=seed, steps=steps, pairs=PAIRS[-1]):
-                continue
-            if run is None:
-                run = SmallRun(model, data_of(PAIRS).build(), optimizer, steps)
-                asked = {n: SmallRun(model, data, optimizer, steps) for n, data in alone.items()}
-            start = time.time()
-            *_, (_, params, loss) = run.train(seed, steps)
-            for n, other in asked.items():
-                ledger.add(name=name, seed=seed, steps=steps, pairs=n, accuracy=other.accuracy(params), loss=loss)
-            said = ", ".join(f"{row['pairs']} pairs {row['accuracy']:.3f}" for row in ledger.rows[-len(PAIRS) :])
-            console.print(f"{name}, seed {seed}: {said} ({time.time() - start:.0f} s)")
+        run = functools.partial(SmallRun, model, data_of(PAIRS).build(), optimizer, steps)
+        train_and_ask(ledger, {"name": name}, run, questions, steps, seeds, console)
 
 
 def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:

@@ -10,7 +10,7 @@ the whole row to look at: what can be had. A model is trained on both orders of 
 study.jsonl is not trained again.
 """
 
-import time
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from layers.linear import LinearAttention
 from layers.mlp import MLP
 from layers.prefix import PrefixLinearAttention
 from models.lm import LM, Stage
-from probes.small_runs import Ledger, SmallRun, curves, door
+from probes.small_runs import Ledger, Questions, SmallRun, curves, door, train_and_ask
 from probes.tasks.disjointness import Disjointness, mirrored
 from training.experiment import Muon, Schedule
 
@@ -49,19 +49,13 @@ def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
         model = model_of(mixer)
         optimizer = Muon(lr=1e-2, schedule=Schedule(warmup=20, shape="cosine", final=0.0))
         data = Disjointness(B=64, vocab=VOCAB, sizes=SIZES, tests=SIZES, reading=reading, rows=1024).build()
-        run = None
-        for seed in range(1 if name == "attention" else seeds):  # nothing is in doubt there
-            if ledger.has(name=name, seed=seed, steps=steps, order="last", large=LARGE[-1]):
-                continue
-            run = run or SmallRun(model, data, optimizer, steps)
-            start = time.time()
-            *_, (_, params, loss) = run.train(seed, steps)
-            for m, n in SIZES:
-                order = "first" if m == SMALL else "last"  # where the small set is
-                key = {"name": name, "seed": seed, "steps": steps, "order": order, "large": max(m, n)}
-                ledger.add(**key, accuracy=run.accuracy(params, batches=data.questions(m, n)), loss=loss)
-            said = ", ".join(f"{r['large']} {r['order']} {r['accuracy']:.3f}" for r in ledger.rows[-len(SIZES) :])
-            console.print(f"{name}, seed {seed}: {said} ({time.time() - start:.0f} s)")
+        run = functools.partial(SmallRun, model, data, optimizer, steps)
+        questions: Questions = [
+            ({"order": "first" if m == SMALL else "last", "large": max(m, n)}, functools.partial(data.questions, m, n))
+            for m, n in SIZES  # order: where the small set is
+        ]
+        alone = name == "attention"  # nothing is in doubt there
+        train_and_ask(ledger, {"name": name}, run, questions, steps, 1 if alone else seeds, console)
 
 
 def report(ledger: Ledger, folder: Path, steps: int, seeds: int) -> None:

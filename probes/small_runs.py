@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,40 @@ class Ledger:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+Questions = list[tuple[dict[str, Any], Callable[[], Iterable[Batch]]]]  # what a row of the ledger calls them, and they
+
+
+def train_and_ask(
+    ledger: Ledger,
+    key: dict[str, Any],
+    run: Callable[[], SmallRun],
+    questions: Questions,
+    steps: int,
+    seeds: int,
+    console: Console,
+) -> None:
+    """A model for each seed, trained and asked all questions, unless the ledger has its answers. key: its name."""
+    made = None
+    for seed in range(seeds):
+        mine = {**key, "seed": seed, "steps": steps}
+        if ledger.has(**mine, **questions[-1][0]):
+            continue
+        made, start = made or run(), time.time()
+        *_, (_, params, loss) = made.train(seed, steps)
+        said = []
+        for name, batches in questions:
+            right = made.accuracy(params, batches=batches())
+            ledger.add(**mine, **name, accuracy=right, loss=loss)
+            said.append(f"{' '.join(f'{k} {v}' for k, v in name.items())}: {right:.3f}")
+        model = " ".join(map(str, key.values()))
+        console.print(f"{model}, seed {seed}: {', '.join(said)} ({time.time() - start:.0f} s)")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"
 
 
 def door(

@@ -59,13 +59,17 @@ def test_studies_are_written_and_go_on(tmp_path, monkeypatch):
     assert len((tmp_path / "study.md").read_text().splitlines()) == 2 + 3
 
 
+def trained_again(*_):
+    raise AssertionError("what is in the ledger was trained again")
+
+
 def test_a_mixture_study_is_read_from_its_ledger(tmp_path, monkeypatch):
     path = tmp_path / "study.jsonl"
     key = {"seed": 0, "steps": 3, "loss": 1.0}
     names, pairs = mixture_study.MIXERS, mixture_study.PAIRS
     rows = [key | {"name": name, "pairs": n, "accuracy": 0.5} for name in names for n in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(mixture_study, "SmallRun", None)
+    monkeypatch.setattr(mixture_study, "SmallRun", trained_again)
     mixture_study.study(Ledger(path), 3, 1, Console(quiet=True))
     mixture_study.report(Ledger(path), tmp_path, 3, 1)
     table = (tmp_path / "study.md").read_text()
@@ -87,7 +91,7 @@ def test_studies_of_delays_and_of_state_are_read_from_their_ledgers(tmp_path, mo
     ):
         path = tmp_path / "study.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        monkeypatch.setattr(module, "SmallRun", None)
+        monkeypatch.setattr(module, "SmallRun", trained_again)
         module.study(Ledger(path), 3, 1, Console(quiet=True))
         module.report(Ledger(path), tmp_path, 3, 1)
         assert line in (tmp_path / "study.md").read_text().splitlines()
