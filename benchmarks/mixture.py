@@ -6,17 +6,10 @@ A token is written to `top` of M memories and to the shared one, so that the rec
 the base, whatever M is; query, output gate and output map are there once.
 """
 
-import argparse
-import os
-import time
 from dataclasses import replace
-from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks import report
-from benchmarks.pair import ROOT, Contestant, interleave
-from benchmarks.report import Row, at_most
+from benchmarks.pair import Contestant, interleave
+from benchmarks.report import Row, at_most, door
 
 METHOD = """\
 One process, one pinned core, one thread; the clock is the CPU time of the process; rounds are interleaved. Milliseconds
@@ -49,21 +42,5 @@ def rows(core: int, rounds: int) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default 7)")
-    parser.add_argument("--core", type=int, default=0, help="the core that everything is pinned to (default 0)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "mixture" / "bench.md")
-    options = parser.parse_args()
-    start, load = time.time(), f"{os.getloadavg()[0]:.1f}"
-    found, console = rows(options.core, options.rounds), Console()
-    report.show(found, console)
-    command = f"python -m benchmarks.mixture --rounds {options.rounds}"
-    facts = report.facts(command, {}, options.rounds, load, time.time() - start)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report.markdown(found, facts, "A mixture of memories on the CPU", METHOD))
-    console.print(f"wrote {options.output}")
-
-
 if __name__ == "__main__":
-    main()
+    door(__doc__, rows, "mixture", "A mixture of memories on the CPU", METHOD, rounds=7)

@@ -1,10 +1,12 @@
 """The rows of a benchmark, as a table on the terminal and as a Markdown file."""
 
+import argparse
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -151,6 +153,25 @@ def facts(command: str, versions: dict[str, str], rounds: int, load: str, second
         "load average": load,
         "took": f"{seconds:.0f} s",
     }
+
+
+def door(
+    about: str | None, rows: Callable[[int, int], list[Row]], name: str, title: str, method: str, rounds: int
+) -> None:
+    """The command line of benchmarks.NAME: measures rows(core, rounds) and writes results/NAME/bench.md."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"interleaved rounds (default {rounds})")
+    parser.add_argument("--core", type=int, default=0, help="the core that everything is pinned to (default 0)")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / name / "bench.md")
+    options = parser.parse_args()
+    start, load = time.time(), f"{os.getloadavg()[0]:.1f}"
+    found, console = rows(options.core, options.rounds), Console()
+    show(found, console)
+    command = f"python -m benchmarks.{name} --rounds {options.rounds}"
+    known = facts(command, {}, options.rounds, load, time.time() - start)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(markdown(found, known, title, method))
+    console.print(f"wrote {options.output}")
 
 
 def commit() -> str:

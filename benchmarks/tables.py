@@ -3,17 +3,10 @@
     python -m benchmarks.tables                  writes results/tables/bench.md (about two minutes)
 """
 
-import argparse
 import contextlib
-import os
-import time
-from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks import report
-from benchmarks.pair import ROOT, Contestant, interleave
-from benchmarks.report import Row, at_most
+from benchmarks.pair import Contestant, interleave
+from benchmarks.report import Row, at_most, door
 
 METHOD = """\
 A whole training step (forward, backward, clipping, AdamW) of a small model around one Engram: B 8, T 256, D 64, an MLP,
@@ -62,21 +55,5 @@ def rows(core: int, rounds: int) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
-    parser.add_argument("--core", type=int, default=0, help="the core that everything is pinned to (default 0)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "tables" / "bench.md")
-    options = parser.parse_args()
-    start, load = time.time(), f"{os.getloadavg()[0]:.1f}"
-    found, console = rows(options.core, options.rounds), Console()
-    report.show(found, console)
-    command = f"python -m benchmarks.tables --rounds {options.rounds}"
-    facts = report.facts(command, {}, options.rounds, load, time.time() - start)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report.markdown(found, facts, "Tables on the CPU", METHOD))
-    console.print(f"wrote {options.output}")
-
-
 if __name__ == "__main__":
-    main()
+    door(__doc__, rows, "tables", "Tables on the CPU", METHOD, rounds=9)
