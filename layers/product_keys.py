@@ -19,8 +19,8 @@ from jax import Array
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import LayerNorm, RMSNorm
 from layers.ops.precision import HIGHEST, wide
-from layers.ops.product_keys import product_keys, usage, weighted_sum
-from layers.ops.tables import Table, asked, lookup
+from layers.ops.product_keys import product_keys, usage
+from layers.ops.tables import asked, weighted_sum
 
 MOST_KEYS = 46_340  # whose square is the last below 2³¹
 
@@ -34,8 +34,6 @@ class ProductKeyMemory(LayerConfig):
     norm: of each head's query. Lample et al. take BatchNorm, which would let tokens see one another; Memory+ none.
     bias: of W_Q.
     shared: the repeats of a stage read one table, each by keys of its own (models/lm.py), as Memory+ does.
-    shards: parts of the table that are summed apart: set it to the devices of `model` that share the rows, or to a
-        multiple, lest they send all rows that are read. It changes no number but for rounding.
 
     Defaults are those of Memory+ but for `shared`. Values start as N(0, 1 / V), keys as U(-1, 1) / sqrt(K); values are
     trained by Adam at several times the learning rate, without decay (training/optimizer.py).
@@ -50,10 +48,9 @@ class ProductKeyMemory(LayerConfig):
     norm: Literal["none", "rms", "layer"] = "none"
     bias: bool = True
     shared: bool = False
-    shards: int = 1
 
     def __post_init__(self):
-        positive(self, "H", "keys", "K", "V", "shards")
+        positive(self, "H", "keys", "K", "V")
         one_of(self)
         if not 2 <= self.top <= self.keys:
             raise ValueError(
@@ -64,8 +61,6 @@ class ProductKeyMemory(LayerConfig):
             raise ValueError(f"ProductKeyMemory.K is {self.K}: it must be even, since each half has keys of its own")
         if self.keys > MOST_KEYS:
             raise ValueError(f"ProductKeyMemory.keys is {self.keys}: slots have 32 bits, so at most {MOST_KEYS} keys")
-        if self.slots % self.shards:
-            raise ValueError(f"ProductKeyMemory.shards is {self.shards}: it must divide keys² = {self.slots}")
 
     @property
     def slots(self) -> int:
@@ -78,7 +73,7 @@ class ProductKeyMemory(LayerConfig):
     def examples(cls) -> tuple[Self, ...]:
         return (
             cls(H=2, keys=10, top=3, K=8, V=24),
-            cls(H=3, keys=40, top=2, K=6, gate="none", norm="layer", bias=False, shards=4),
+            cls(H=3, keys=40, top=2, K=6, gate="none", norm="layer", bias=False),
             cls(H=2, keys=6, top=6, K=4, V=8, gate="none", norm="rms", shared=True),
         )
 
@@ -107,7 +102,7 @@ class ProductKeyMemoryLayer(Layer):
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: tuple[()] | None = None) -> Out:
         slot_BTR, weight_BTR = self.slots(x_BTD)
-        y_BTV = self.sum(slot_BTR, weight_BTR).astype(x_BTD.dtype)
+        y_BTV = weighted_sum(self.values[...], slot_BTR, weight_BTR).astype(x_BTD.dtype)
         if self.gate is not None:
             y_BTV = y_BTV * jax.nn.silu(self.gate(x_BTD))
         live_BT1 = (tokens.pos_BT >= 0)[..., None]
@@ -115,13 +110,6 @@ class ProductKeyMemoryLayer(Layer):
         said = {"used": used.astype(jnp.float32), "kl": apart.astype(jnp.float32)}
         said["rows/values"] = asked(slot_BTR, tokens.pos_BT)
         return Out(y_BTV if self.out is None else self.out(y_BTV), state, said)
-
-    def sum(self, slot_BTR: Array, weight_BTR: Array) -> Array:
-        """sum over r of weight · values[slot], [B, T, V] in the dtype of the weights."""
-        values = self.values[...]
-        if isinstance(values, Table):  # lent for a look-up, which brings the rows themselves
-            return jnp.sum(weight_BTR[..., None] * lookup(values, slot_BTR).astype(weight_BTR.dtype), 2)
-        return weighted_sum(values, slot_BTR, weight_BTR, self.config.shards)
 
     def slots(self, x_BTD: Array) -> tuple[Array, Array]:
         """(rows of the table that each token reads [B, T, H top] int32, their weights in at least float32)."""

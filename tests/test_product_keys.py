@@ -16,7 +16,8 @@ from reading import QUICK, B, D, apply, pad, places, same, same_tree, stream, to
 
 from layers.layer import Tokens
 from layers.mlp import MLP
-from layers.ops.product_keys import best, best_slots, product_keys, usage, weighted_sum
+from layers.ops.product_keys import best, best_slots, product_keys, usage
+from layers.ops.tables import weighted_sum
 from layers.product_keys import ProductKeyMemory
 from models.lm import LM, Stage
 from models.parameters import flatten
@@ -45,8 +46,8 @@ def definition(slot_BTHk, weight_BTHk, values_WV):
     return jnp.einsum("BTHk,BTHkW,WV->BTV", weight_BTHk, one_BTHkW, values_WV)
 
 
-def searched(slot_BTHk, weight_BTHk, values_WV, shards):
-    return weighted_sum(values_WV, *(a.reshape(*a.shape[:2], -1) for a in (slot_BTHk, weight_BTHk)), shards)
+def searched(slot_BTHk, weight_BTHk, values_WV):
+    return weighted_sum(values_WV, *(a.reshape(*a.shape[:2], -1) for a in (slot_BTHk, weight_BTHk)))
 
 
 def inputs(n, H=3, K=6, V=5):
@@ -54,22 +55,22 @@ def inputs(n, H=3, K=6, V=5):
     return [rng.standard_normal(shape) for shape in ((2, 7, H, K), (H, n, K // 2), (H, n, K // 2), (n * n, V))]
 
 
-@pytest.mark.parametrize(("n", "top", "shards"), [(7, 3, 7), (12, 12, 1), (40, 2, 4)])
-def test_the_search_is_the_definition(n, top, shards, float64):
+@pytest.mark.parametrize(("n", "top"), [(7, 3), (12, 12), (40, 2)])
+def test_the_search_is_the_definition(n, top, float64):
     of = inputs(n)
     dy_BTV = np.random.default_rng(0).standard_normal((2, 7, 5))
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
-    def read(implementation, shards, *of):
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def read(implementation, *of):
         def call(q, row, column, values):
             found = product_keys(q, row, column, top, implementation=implementation)
-            y = definition(*found, values) if implementation == "naive" else searched(*found, values, shards)
+            y = definition(*found, values) if implementation == "naive" else searched(*found, values)
             return y, found
 
         y, back, found = jax.vjp(call, *of, has_aux=True)
         return found, y, back(dy_BTV)
 
-    naive, product = read("naive", 1, *of), read("product", shards, *of)
+    naive, product = read("naive", *of), read("product", *of)
     np.testing.assert_array_equal(product[0][0], naive[0][0])
     same_tree(product, naive, "search against definition", 1e-12)
 
@@ -119,15 +120,16 @@ def test_the_papers_two_layers():
     np.testing.assert_allclose(apply(gated, x_BTD, said, None)[0], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_values_that_devices_share_are_never_gathered(shards):
-    """The `tensor` layout: neither pass sends anything as large as the table; with its parts summed apart, no row."""
-    config = ProductKeyMemory(H=2, keys=50, top=3, K=8, V=24, shards=shards)
-    params, structure = flatten(config.build(D, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("name", ["tensor", "fsdp"])
+def test_values_that_devices_share_are_never_gathered(name):
+    """Neither pass sends anything as large as the table, nor the rows that were read: sums of them, and row numbers."""
+    config = ProductKeyMemory(H=2, keys=50, top=3, K=8, V=24)
+    params, alone = flatten(config.build(D, rngs=nnx.Rngs(0)))
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    layout = Layout(mesh, RULES["tensor"])
+    layout = Layout(mesh, RULES[name])
+    structure = alone._replace(spread=layout.spread(alone.specs))
     shardings = layout.params(structure.specs)
-    assert shardings["values"].spec[0] == shardings["row"].spec[0] == "model"
+    assert shardings["values"].spec[0] == ("model" if name == "tensor" else "data")
     said, x_BTD = tokens(np.stack([places(T)] * B)), stream(T).astype(np.float32)
 
     def slopes(params, x_BTD, said):
@@ -146,7 +148,7 @@ def test_values_that_devices_share_are_never_gathered(shards):
         assert slots not in shape or shape == [slots], f"{kind} of the table"  # how often each slot is used
         if slots // 2 in shape:  # the sum of the gradient's shards over the batch is all that may be of that size
             assert kind == "all-reduce" and all(any(g <= c for c in columns) for g in groups), (kind, shape, groups)
-    assert 0 < sent and (shards == 1 or sent <= B * T * 24), f"{sent} numbers are sent at once"
+    assert 0 < sent <= B * T * 24, f"{sent} numbers are sent at once"
     same_tree(program(*arguments), jax.jit(slopes)(params, x_BTD, said), "a mesh against a device", 1e-5)
 
 
@@ -219,7 +221,6 @@ def test_the_laptop_twins_have_equally_many_parameters():
         (lambda: ProductKeyMemory(H=0), "ProductKeyMemory.H is 0: it must be at least 1"),
         (lambda: ProductKeyMemory(V=0), "ProductKeyMemory.V is 0: it must be at least 1"),
         (lambda: ProductKeyMemory(keys=50_000), "ProductKeyMemory.keys is 50000: .* at most 46340 keys"),
-        (lambda: ProductKeyMemory(shards=3), "ProductKeyMemory.shards is 3: it must divide keys² = 1048576"),
         (lambda: ProductKeyMemory(gate="gelu"), "ProductKeyMemory.gate is 'gelu': it must be one of silu, none"),  # type: ignore[arg-type]
         (lambda: ProductKeyMemory(norm="batch"), "ProductKeyMemory.norm is 'batch': .* none, rms, layer"),  # type: ignore[arg-type]
         (lambda: product_keys(jnp.ones((1, 1, 1, 4)), *[jnp.ones((1, 3, 1))] * 2, 2), "product_keys: queries "),

@@ -42,12 +42,12 @@ class Layout:
         return tuple(a for a in ("data", "model") if a in self.rules.values() and self.mesh.shape[a] > 1)
 
     def spread(self, specs: dict[str, Spec]) -> dict[str, Spread]:
-        """The tables that a look-up has to know the place of: on the host, or with rows on the axis of the batch, which
-        the partitioner might gather whole."""
+        """Where the rows of tables are, if not all on each device. A look-up has to know, lest the partitioner gathers
+        what is split over the axis of the batch, or sends rows of which only a sum is wanted."""
         if self.host:
             return {name: Spread(self.mesh, (), BATCH, host=True) for name, spec in specs.items() if spec.table}
         rows = {name: self.rows(spec) for name, spec in specs.items() if spec.table}
-        return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if BATCH in axes}
+        return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if axes}
 
     def spec(self, spec: Spec) -> PartitionSpec:
         if spec.table:

@@ -11,10 +11,6 @@ meet in S only if a b <= top, which leaves about top · ln(top) pairs of the top
 Of equal scores the first slot is chosen, where sums do not round (a sum that rounds may make equals of what were none).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,64 +94,6 @@ def _best(score: Array, place: Array, top: int) -> tuple[Array, Array]:
 
     _, (score, place) = jax.lax.scan(step, jax.lax.stop_gradient(score), length=top)
     return jnp.moveaxis(score, 0, -1), jnp.moveaxis(place, 0, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def weighted_sum(values_WV: Array, slot_BTR: Array, weight_BTR: Array, shards: int = 1) -> Array:
-    """sum over r of weight · values[slot], [B, T, V] in the dtype of the weights.
-
-    Rows are fetched again in the backward pass: what is kept does not grow with V.
-
-    shards: parts of the values, first rows first, that are summed apart; it must divide their number. Devices that
-    share the rows then send sums [B, T, V] (one part each, or several) and not the rows themselves [B, T, R, V]. More
-    parts than devices cost fetches in vain.
-    """
-
-    def part(values_WV: Array, first: Array) -> Array:
-        at_BTR, own_BTR = _at(slot_BTR, first, len(values_WV))
-        return jnp.sum(jnp.where(own_BTR, weight_BTR, 0)[..., None] * _rows(values_WV, at_BTR, weight_BTR.dtype), 2)
-
-    return jnp.sum(_each(part, values_WV, shards), 0)
-
-
-def _forward(values_WV: Array, slot_BTR: Array, weight_BTR: Array, shards: int) -> tuple[Array, tuple[Array, ...]]:
-    return weighted_sum(values_WV, slot_BTR, weight_BTR, shards), (values_WV, slot_BTR, weight_BTR)
-
-
-def _backward(shards: int, saved: tuple[Array, ...], dy_BTV: Array) -> tuple[Array, None, Array]:
-    values_WV, slot_BTR, weight_BTR = saved
-    dy_BT1V = dy_BTV[:, :, None]
-
-    def part(values_WV: Array, first: Array) -> tuple[Array, Array]:
-        at_BTR, own_BTR = _at(slot_BTR, first, len(values_WV))
-        new_BTRV = (jnp.where(own_BTR, weight_BTR, 0)[..., None] * dy_BT1V).astype(values_WV.dtype)
-        dvalues_WV = jnp.zeros_like(values_WV).at[at_BTR].add(new_BTRV, mode="drop")
-        return dvalues_WV, jnp.where(own_BTR, jnp.sum(_rows(values_WV, at_BTR, dy_BTV.dtype) * dy_BT1V, -1), 0)
-
-    dvalues, dweight = _each(part, values_WV, shards)
-    return dvalues.reshape(values_WV.shape), None, jnp.sum(dweight, 0)
-
-
-weighted_sum.defvjp(_forward, _backward)
-
-
-def _each(call: Callable[[Array, Array], Any], values_WV: Array, shards: int) -> Any:
-    """call(a part of the values, its first slot), stacked."""
-    size, first = len(values_WV) // shards, jnp.arange(shards, dtype=jnp.int32)
-    if shards == 1:
-        return jax.tree.map(lambda a: a[None], call(values_WV, first[0]))
-    return jax.vmap(call)(values_WV.reshape(shards, size, -1), first * size)
-
-
-def _at(slot: Array, first: Array, size: int) -> tuple[Array, Array]:
-    """(rows in a part, `size` for those of other parts; which are its own)."""
-    at = slot - first
-    own = (at >= 0) & (at < size)
-    return jnp.where(own, at, size), own
-
-
-def _rows(values_WV: Array, at: Array, dtype: Any) -> Array:
-    return jnp.take(values_WV, at, axis=0, mode="clip").astype(dtype)
 
 
 def usage(slot_BTR: Array, weight_BTR: Array, slots: int) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Tables that are looked up: rows [...] of a table [W, K] -> [..., K].
 
-A layer says `lookup(self.table[...], rows)` and no more. What stands in `self.table` is the array; or, in a training
-step that must not handle anything as large as the table, a `Table` that the step lends in its place.
+A layer says `lookup(self.table[...], rows)`, or `weighted_sum`, and no more. What stands in `self.table` is the array;
+or, in a training step that must not handle anything as large as the table, a `Table` that the step lends in its place.
 """
 
 import dataclasses
@@ -27,6 +27,10 @@ class Spread(NamedTuple):
     axes: tuple[str, ...]
     batch: str
     host: bool = False
+
+    def divides(self, rows: Array) -> bool:
+        """Whether the batch of a look-up can be split as this says."""
+        return rows.shape[0] % self.mesh.shape[self.batch] == 0
 
 
 @functools.partial(
@@ -72,13 +76,32 @@ def lookup(table: Array | Table, rows: Array) -> Array:
     if spread is not None and spread.host:
         repeat = None if table.repeat is None else jnp.broadcast_to(table.repeat, rows.shape)
         found = to_device(on_host(_fetch)(array, repeat, rows))
-    elif spread is None or rows.shape[0] % spread.mesh.shape[spread.batch]:
+    elif spread is None or not spread.divides(rows):
         found = _fetch(array, table.repeat, rows)
     else:
-        found = _fetch_spread(array, table.repeat, rows, spread)
+        found = _on_shards(_fetch_own, array, table.repeat, rows, spread=spread)
     if table.slots_NK is None:
         return found
     return found + table.slots_NK[: rows.size].reshape(found.shape)
+
+
+def weighted_sum(table: Array | Table, rows: Array, weights: Array) -> Array:
+    """sum over the last axis of rows, int32 [..., R], of weight · row: [..., K] in the dtype of the weights.
+
+    The backward pass fetches the rows again: what is kept does not grow with K. Devices that share a table's rows send
+    sums, and not the rows; but with slots, which are differentiated row by row, all are fetched.
+    """
+    if not isinstance(table, Table):
+        return _weighted(table, rows, weights)
+    spread, array = table.spread, table.array
+    if table.slots_NK is None and array is not None and spread is not None and spread.axes and spread.divides(rows):
+        return _on_shards(_weigh_own, array, table.repeat, rows, weights, spread=spread)
+    return jnp.sum(weights[..., None] * lookup(table, rows).astype(weights.dtype), -2)
+
+
+@jax.checkpoint
+def _weighted(array: Array, rows: Array, weights: Array) -> Array:
+    return jnp.sum(weights[..., None] * _fetch(array, None, rows).astype(weights.dtype), -2)
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,25 +119,40 @@ def _fetch(array: Array, repeat: Array | None, rows: Array) -> Array:
     return array.at[at].get(mode="clip")
 
 
-def _fetch_spread(array: Array, repeat: Array | None, rows: Array, spread: Spread) -> Array:
-    """Each device hears all of the batch's rows, answers for its own with zeros for the rest, and gets back the sums of
-    its part of the batch: row numbers and rows travel, the table does not, nor does its gradient."""
+def _fetch_own(part: Array, repeat: Array | None, at: Array, mine: Array) -> Array:
+    return jnp.where(mine[..., None], _fetch(part, repeat, at), 0)
+
+
+def _weigh_own(part: Array, repeat: Array | None, at: Array, mine: Array, weights: Array) -> Array:
+    part = part if repeat is None else part[repeat]
+    return _weighted(part, at, jnp.where(mine, weights, 0))
+
+
+def _on_shards(
+    answer: Callable[..., Array], array: Array, repeat: Array | None, rows: Array, *others: Array, spread: Spread
+) -> Array:
+    """Each device hears all of the batch's rows (and `others`), answers for its own with zeros for the rest, and gets
+    back the sums of its part of the batch: row numbers and answers travel, the table does not, nor does its gradient.
+
+    answer(part, repeat, row of the part, whether that row is meant, *others) -> [batch, ..., K].
+    """
     batch, axes = spread.batch, spread.axes
 
-    def local(part: Array, repeat: Array | None, rows: Array) -> Array:
+    def local(part: Array, repeat: Array | None, rows: Array, *others: Array) -> Array:
         if batch in axes:
-            rows = jax.lax.all_gather(rows, batch, tiled=True)
+            rows, *others = (jax.lax.all_gather(a, batch, tiled=True) for a in (rows, *others))  # type: ignore[assignment]
         size = part.shape[-2]
         at = rows - jax.lax.axis_index(axes) * size
         mine = (at >= 0) & (at < size)
-        found = jnp.where(mine[..., None], _fetch(part, repeat, jnp.where(mine, at, 0)), 0)
-        others = tuple(axis for axis in axes if axis != batch)
-        found = jax.lax.psum(found, others) if others else found
+        found = answer(part, repeat, jnp.where(mine, at, 0), mine, *others)
+        rest = tuple(axis for axis in axes if axis != batch)
+        found = jax.lax.psum(found, rest) if rest else found
         return jax.lax.psum_scatter(found, batch, tiled=True) if batch in axes else found
 
     whole = (None,) * (array.ndim - 2)
-    specs = (P(*whole, axes, None), None if repeat is None else P(), P(batch))
-    return jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))(array, repeat, rows)
+    specs = (P(*whole, axes, None), None if repeat is None else P(), *(P(batch) for _ in (rows, *others)))
+    lookup = jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))
+    return lookup(array, repeat, rows, *others)
 
 
 def asked(rows: Array, pos_BT: Array) -> Array:
