@@ -17,6 +17,7 @@ from layers.mlp import MLP
 from layers.ops.tables import Table, asked, lookup
 from layers.product_keys import ProductKeyMemory
 from models.lm import LM, Stage
+from models.over_encoding import OverEncoding
 from models.parameters import Spec, flatten
 from training.data import DataConfig
 from training.experiment import AdamW, Experiment, Mesh, Schedule, Train
@@ -24,6 +25,7 @@ from training.flops import _inside
 from training.layout import build_layout
 from training.optimizer import build_optimizer
 from training.run import load_model, prepare
+from training.settings import ConfigError
 from training.step import DeviceBatch, init_state, train_step
 
 B, T, W, D = 4, 5, 30, 8
@@ -292,10 +294,14 @@ def test_a_lookup_on_the_host():
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", ["never", "always"])
 def test_tables_on_the_host_are_the_same_run(tmp_path, scan):
-    """Rows are fetched from there and written back there; tables, moments and counts never leave it, resumed or not."""
-    engram = Engram(H=1, K=4, rows=150, conv=0)
+    """Rows are fetched from there and written back there; tables, moments and counts never leave it, resumed or not.
+
+    One table has repeats, the other, of the embedding, has none.
+    """
+    engram, ngrams = Engram(H=1, K=4, rows=150, conv=0), OverEncoding(H=1, K=4, rows=250)
+    stages = (Stage((engram,), repeats=2),)
     changes = {
-        "model": LM(W=257, D=8, stages=(Stage((engram,), repeats=2),), tied=True, scan_layers=scan),
+        "model": LM(W=257, D=8, stages=stages, tied=True, scan_layers=scan, ngrams=ngrams),
         "optimizer": AdamW(lazy_tables=True, schedule=Schedule(warmup=2, shape="constant")),
         "train__eval_every": 0,
     }
@@ -312,11 +318,11 @@ def test_tables_on_the_host_are_the_same_run(tmp_path, scan):
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
     for name, leaf in leaves:
         assert leaf.sharding.memory_kind == ("pinned_host" if name.endswith("table']") else "device"), name
-    assert sum(name.endswith("table']") for name, _ in leaves) == 4
-    rows = next(leaf.shape[1] for name, leaf in leaves if name.endswith("table']"))
+    assert sum(name.endswith("table']") for name, _ in leaves) == 2 * 4
+    rows = {leaf.shape[-2] for name, leaf in leaves if name.endswith("table']") and leaf.shape[-1] == 4}
     program = jax.make_jaxpr(job.step)(state, job.dataset.batch(0, 0)).jaxpr
     sent = [v.aval.shape for e in equations(program) if e.primitive.name == "device_put" for v in e.outvars]
-    assert len(sent) > 6 and not any(rows in shape for shape in sent)
+    assert len(rows) == 2 and len(sent) > 12 and not any(rows & {*shape} for shape in sent)
 
 
 def test_what_the_host_cannot_is_named(tmp_path):
@@ -330,9 +336,9 @@ PRODUCT_KEYS = ProductKeyMemory(H=2, keys=6, top=3, K=4)
 
 
 @functools.cache
-def first_step(shared: bool, lazy: bool):
+def first_step(lazy: bool):
     """(parameters before, after a first step) of two blocks of product keys."""
-    model = LM(W=W, D=D, stages=(Stage((dataclasses.replace(PRODUCT_KEYS, shared=shared),), repeats=2),), tied=True)
+    model = LM(W=W, D=D, stages=(Stage((PRODUCT_KEYS,), repeats=2),), tied=True)
     optimizer = AdamW(lr=1e-2, lazy_tables=lazy, schedule=SCHEDULE)
     experiment = Experiment("A test.", model, DataConfig(T=T, B=B), optimizer, Train(clip=CLIP))
     params, structure = flatten(jax.jit(lambda: model.build(rngs=nnx.Rngs(0)))())
@@ -344,13 +350,15 @@ def first_step(shared: bool, lazy: bool):
 
 def test_addresses_that_depend_on_the_stream_are_trained_by_rows_too():
     """Adam's first step is the usual one for the rows of the batch, and no row that rests has moved in either."""
-    (before, lazy), (_, dense) = first_step(False, True), first_step(False, False)
+    (before, lazy), (_, dense) = first_step(True), first_step(False)
     for name, want in dense.items():
         np.testing.assert_allclose(lazy[name], want, rtol=2e-4, atol=2e-6, err_msg=name)
     moved = np.abs(lazy["stages.0.layers.0.values"] - before["stages.0.layers.0.values"]).max(-1) > 0
     assert 0 < moved.sum() < moved.size
 
 
-def test_a_table_of_several_layers_is_not_trained_by_rows():
-    with pytest.raises(ValueError, match=r"lazy_tables: stages.0.layers.0.values is shared by 2 layers.*shared=False"):
-        first_step(True, True)
+def test_a_table_of_several_layers_is_not_trained_by_rows(tmp_path):
+    """One line, before anything is trained."""
+    model = LM(W=257, D=8, stages=(Stage((dataclasses.replace(PRODUCT_KEYS, shared=True),), repeats=2),), tied=True)
+    with pytest.raises(ConfigError, match=r"^optimizer.lazy_tables: stages.0.layers.0.values is shared .*shared=False"):
+        prepare(tiny.experiment(tmp_path, model=model, optimizer=LAZY))

@@ -139,15 +139,17 @@ class LazyAdam:
             move: Move = functools.partial(self._move, decay=self.weight_decay if spec.decay else 0.0)
             if name in spread:
                 move = on_host(move) if spread[name].host else _each_device(move, spread[name], stored)
-            written = move(stored, keys // spec.shape[-2], keys % spec.shape[-2], slopes[name], lr)
+            # Of a table without repeats a key is its row, and that of none is beyond it.
+            repeat, row = (keys // spec.shape[-2], keys % spec.shape[-2]) if len(spec.shape) == 3 else (keys, keys)
+            written = move(stored, repeat, row, slopes[name], lr)
             after[name] = written.table
             for kind in ("mu", "nu", "times"):
                 new[kind][name] = getattr(written, kind)
         return after, new
 
     def _move(self, s: "_Stored", repeat_N: Array, row_N: Array, g_NK: Array, lr: Array, decay: float) -> "_Stored":
-        """repeat_N, row_N: what to write, in order; what lies beyond the table is not."""
-        at = (repeat_N, row_N) if s.table.ndim == 3 else (jnp.where(repeat_N > 0, s.table.shape[0], row_N),)
+        """repeat_N (of a table that has them), row_N: what to write, in order; what lies beyond the table is not."""
+        at = (repeat_N, row_N) if s.table.ndim == 3 else (row_N,)
         row, mu, nu, times = (a.at[at].get(mode="clip") for a in s)
         times = times + 1
         mu, nu = self.b1 * mu + (1 - self.b1) * g_NK, self.b2 * nu + (1 - self.b2) * g_NK * g_NK

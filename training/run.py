@@ -105,6 +105,8 @@ def prepare(experiment: Experiment) -> Job:
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     laid_out = structure._replace(spread=layout.spread(structure.specs))
     step = train_step(experiment, laid_out, optimizer, dataset.token_bytes, dataset.labelled)
+    if optimizer.lazy is not None:  # only a step knows whether the layers say which rows they read
+        jax.eval_shape(step, state, dataset.batch(0, 0))
     return Job(
         experiment,
         dataset,
