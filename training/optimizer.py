@@ -46,28 +46,22 @@ def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs:
     tables = {name for name, spec in specs.items() if spec.table}
     eps = config.eps if isinstance(config, AdamW) else 1e-8
     adam_lr = config.lr if isinstance(config, AdamW) else config.adam_lr or config.lr
-    lazy = None
+    lazy, table_rate = None, learning_rate(adam_lr * config.table_lr, config.schedule, steps)
     if tables and config.lazy_tables:
-        rate = learning_rate(adam_lr * config.table_lr, config.schedule, steps)
-        lazy = LazyAdam(
-            {name: specs[name] for name in specs if name in tables},
-            rate, config.b1, config.b2, eps, config.weight_decay, clip,
-        )  # fmt: skip
-        specs, tables = {name: spec for name, spec in specs.items() if not spec.table}, set()
+        looked_up, specs = ({n: spec for n, spec in specs.items() if spec.table == kind} for kind in (True, False))
+        lazy = LazyAdam(looked_up, table_rate, config.b1, config.b2, eps, config.weight_decay, clip)
+        tables = set()
 
     def decayed(params: Any) -> Any:  # of the parameters that a part of the optimiser is given
         return {name: specs[name].decay for name in params}
 
-    def adam(lr: float, eps: float) -> optax.GradientTransformation:
-        schedule = learning_rate(lr, config.schedule, steps)
-        return optax.adamw(schedule, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
+    def adam(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(rate, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
 
-    parts = {"adam": adam(adam_lr, eps)}
+    parts = {"adam": adam(learning_rate(adam_lr, config.schedule, steps))}
     kinds = dict.fromkeys(specs, "adam") | dict.fromkeys(tables, "table")
     if tables:
-        schedule = learning_rate(adam_lr * config.table_lr, config.schedule, steps)
-        sinkhorn = config.tables == "sinkhorn"
-        parts["table"] = sinkhorn_momentum(schedule) if sinkhorn else adam(adam_lr * config.table_lr, eps)
+        parts["table"] = sinkhorn_momentum(table_rate) if config.tables == "sinkhorn" else adam(table_rate)
     if isinstance(config, Muon):
         # optax's muon would train the rest too, but decay all of it: it is given the matrices alone.
         matrices = {name: numbers for name, spec in specs.items() if (numbers := _dimensions(spec)) is not None}
