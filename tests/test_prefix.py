@@ -15,6 +15,8 @@ from rich.console import Console
 from layers.gated_conv import GatedConv
 from layers.linear import EPSILON, LinearAttention
 from layers.mlp import MLP
+from layers.ops import prefix
+from layers.ops.linear import linear_recurrence
 from layers.ops.prefix import first_document
 from layers.prefix import PrefixLinearAttention
 from models.decode import Decoder, Sampling
@@ -105,6 +107,25 @@ def test_the_layer_is_the_equation_that_is_printed(implementation):
     y_BTD, _ = ahead(by(implementation), X, SAID, region(13, T), empty())
     for row, M in enumerate((13, T)):
         same(y_BTD[row], printed(built(), X[row], M), f"{M} tokens ahead")
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("chunk", "broken"),
+    [
+        (6, lambda pos: jnp.where(pos == 1, 0, pos)),  # the first token forgets what was read ahead
+        (7, lambda pos: jnp.where(pos == 9, 0, pos)),  # what was read ahead is lost on the way
+    ],
+    ids=["forgotten at the start", "lost on the way"],
+)
+def test_a_region_that_is_forgotten_is_no_region(monkeypatch, chunk, broken):
+    """A chunk of its own each: what is compiled for a config is shared by whoever has it."""
+    monkeypatch.setattr(
+        prefix, "linear_recurrence", lambda *a, pos, **options: linear_recurrence(*a, pos=broken(pos), **options)
+    )
+    y_BTD, _ = ahead(by("chunked", dataclasses.replace(CONFIG, chunk=chunk)), X, SAID, region(13, T), empty())
+    with pytest.raises(AssertionError, match="13 tokens ahead: relative error"):
+        same(y_BTD[0], printed(built(), X[0], 13), "13 tokens ahead")
 
 
 @pytest.mark.usefixtures("float64")
