@@ -20,6 +20,7 @@ from layers.layer import LayerConfig, Out, Tokens, positive, take
 from layers.norm import RMSNorm
 from layers.ops.tables import put_back, set_aside
 from models.over_encoding import OverEncoding
+from models.parameters import is_variable
 
 State = tuple[Any, ...]  # by stage, repeat, layer of the pattern; then that of the embedding, where it has n-grams
 
@@ -304,7 +305,7 @@ def _apart(blocks: Any, stage: Stage) -> list[Block]:
 
 def _own(blocks: Block) -> tuple[list[nnx.Variable], Callable[[list[nnx.Variable]], Block]]:
     """What each repeat has for itself, stacked; and how one repeat's, with what is shared, makes its block."""
-    variables, structure = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables, structure = jax.tree.flatten(blocks, is_leaf=is_variable)
 
     def block_of(own: list[nnx.Variable]) -> Block:
         rest = iter(own)
@@ -314,7 +315,7 @@ def _own(blocks: Block) -> tuple[list[nnx.Variable], Callable[[list[nnx.Variable
 
 
 def _variables(module: Any) -> list[nnx.Variable]:
-    return jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.leaves(module, is_leaf=is_variable)
 
 
 def _is_shared(variable: nnx.Variable) -> bool:

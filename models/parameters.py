@@ -47,7 +47,7 @@ class Structure(NamedTuple):
         return dataclasses.replace(table, spread=self.spread[name])
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
@@ -56,7 +56,7 @@ def flatten(module: Any) -> tuple[Params, Structure]:
 
     Raises TypeError if the module holds an array that is not a Param.
     """
-    variables = jax.tree.leaves_with_path(module, is_leaf=_is_variable)
+    variables = jax.tree.leaves_with_path(module, is_leaf=is_variable)
     leaves, treedef = jax.tree.flatten(module)
     params, specs = {}, {}
     for (path, variable), leaf in zip(variables, leaves, strict=True):
