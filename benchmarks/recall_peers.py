@@ -32,7 +32,8 @@ if __name__ == "__main__" and "--serve" in sys.argv:
 
 import numpy as np
 
-from probes.tasks.recall import Recall, Segment
+from probes.tasks.recall import MQAR
+from probes.tasks.task import Part, Probe
 
 MODULE = "benchmarks.recall_peers"
 VOCABS = (256, 8192)
@@ -50,14 +51,9 @@ class Trainee(NamedTuple):
     ]  # (ids, labels) -> the likeliest word at each place or label
 
 
-def data(vocab: int) -> Recall:
-    return Recall(
-        B=ROWS,
-        vocab=vocab,
-        train=(Segment(LENGTH, PAIRS, 20_000),),
-        test=(Segment(LENGTH, PAIRS, 1_024),),
-        filler="conflict_free",
-    )
+def data(vocab: int) -> Probe:
+    law = MQAR(vocab=vocab, length=LENGTH, pairs=PAIRS, filler="conflict_free")
+    return Probe(B=ROWS, train=(Part(law, 20_000),), test=(Part(law, 1_024),))
 
 
 def ours(vocab: int) -> Trainee:

@@ -1,6 +1,6 @@
 """What a training step costs as a table grows: the rows of the batch alone, or all of them.
 
-    python -m benchmarks.tables                  writes results/tables/bench.md (about a minute)
+python -m benchmarks.tables                  writes results/tables/bench.md (about a minute)
 """
 
 import contextlib

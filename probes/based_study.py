@@ -24,7 +24,8 @@ from layers.layer import LayerConfig
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
 from probes.small_runs import Ledger, Questions, SmallRun, curves, door, spread, train_and_ask
-from probes.tasks.recall import Recall, Segment
+from probes.tasks.recall import parts
+from probes.tasks.task import Part, Probe
 from training.experiment import AdamW, Schedule
 from training.summary import state_bytes
 
@@ -56,10 +57,11 @@ def size_of(model: LM) -> int:
     return state_bytes(jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))), T)
 
 
-def data_of(pairs: tuple[int, ...]) -> Recall:
-    segments = tuple(Segment(T, n, 40_000) for n in pairs)
-    tests = tuple(Segment(T, n, 256) for n in pairs)
-    return Recall(T=T, B=64, vocab=W, train=segments, test=tests, filler="conflict_free")
+def data_of(pairs: tuple[int, ...]) -> Probe:
+    def segments(rows: int) -> tuple[Part, ...]:
+        return parts(rows, *((T, n) for n in pairs), vocab=W, filler="conflict_free")
+
+    return Probe(T=T, B=64, train=segments(40_000), test=segments(256))
 
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:

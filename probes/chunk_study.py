@@ -24,6 +24,7 @@ from layers.layer import LayerConfig
 from models.lm import LM, Stage
 from probes.small_runs import Ledger, Questions, SmallRun, curves, door, spread, train_and_ask
 from probes.tasks.dances import Dances
+from probes.tasks.task import Part, Probe
 from training.experiment import Muon, Schedule
 
 W, WINDOW, SHOWN, DELAYS = 64, 8, (1, 4), (1, 4, 16, 64)
@@ -36,13 +37,17 @@ MIXERS: dict[str, LayerConfig] = {
 }
 
 
-def data_of(delays: tuple[int, ...], T: int = 0) -> Dances:
-    return Dances(T=T, B=256, vocab=W, names=16, dances=4, moves=3, delays=delays, tests=delays, rows=128)
+def data_of(delays: tuple[int, ...]) -> Probe:
+    laws = [Dances(vocab=W, names=16, dances=4, moves=3, delay=delay) for delay in delays]
+    return Probe(B=256, train=tuple(map(Part, laws)), test=tuple(Part(law, 128) for law in laws))
 
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
-    longest = data_of(DELAYS).T
-    questions: Questions = [({"delay": delay}, data_of((delay,), longest).build().held_out) for delay in DELAYS]
+    asked, longest = data_of(DELAYS), data_of(DELAYS).T
+    questions: Questions = [
+        ({"delay": delay}, functools.partial(asked.build().questions, part, T=longest))
+        for delay, part in zip(DELAYS, asked.test, strict=True)
+    ]
     for name, mixer in MIXERS.items():
         model = LM(W=W, D=64, stages=(Stage((GatedConv(), mixer)),), tied=True)
         optimizer = Muon(lr=3e-2, adam_lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))

@@ -25,10 +25,12 @@ from models.lm import LM, Stage
 from models.parameters import flatten
 from probes.small_runs import Ledger, SmallRun, curves, door
 from probes.tasks.facts import Facts
+from probes.tasks.task import Part, Probe
 from training.experiment import AdamW, Schedule
 from training.summary import parameter_count
 
 W, D, EVERY, TABLE = 64, 64, 20, "1.0.0"  # the Engram's place in the model: stage, repeat, layer
+DATA = Probe(B=32, train=(Part(Facts(vocab=W)),), test=(Part(Facts(vocab=W), 128),))
 ENGRAM = Engram(W=W, N=3, H=2, K=8, rows=1 << 13)
 
 
@@ -52,7 +54,7 @@ def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
         for seed in range(seeds):
             if ledger.has(name=name, seed=seed, step=steps):
                 continue
-            run = run or SmallRun(model, Facts(vocab=W).build(), optimizer, steps)
+            run = run or SmallRun(model, DATA.build(), optimizer, steps)
             start, rows = time.time(), []
             for done, params, loss in run.train(seed, EVERY):
                 row = {"name": name, "seed": seed, "step": done, "accuracy": run.accuracy(params), "loss": loss}

@@ -31,13 +31,15 @@ from layers.test_time import TestTimeMemory, Unstable
 from layers.titans import Titans
 from models.lm import LM, Stage
 from models.parameters import flatten
-from probes.tasks.overwrite import Overwrite, OverwriteDataset, gaps
+from probes.tasks.overwrite import Overwrite
+from probes.tasks.task import Part, Probe, ProbeData
 from training.data import NOT_ASKED, Batch
 from training.experiment import AdamW, Experiment, Schedule, Train
 from training.optimizer import build_optimizer
 from training.step import init_state, train_step
 
 WINDOW, LENGTHS, STEP = 4, (64, 128, 256, 512), 0.25
+LAW, ROWS = Overwrite(vocab=16, length=64, keys=4), 128
 FIGURES = "length", "parts", "chunk", "crossed"
 # A key that is told anew is to be answered anew: steps as long as chunks of 4 tokens bear with momentum up to a half.
 TITANS = Titans(H=2, chunk=4, momentum_max=0.5, lr_max=STEP)
@@ -89,7 +91,7 @@ def model_of(mixer: LayerConfig, vocab: int) -> LM:
     return LM(W=vocab, D=32, stages=(Stage((GatedConv(), mixer)),), tied=True)
 
 
-def trained(variant: Variant, data: OverwriteDataset, steps: int, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
+def trained(variant: Variant, data: ProbeData, steps: int, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
     """Parameters of all seeds, stacked, and the loss of each step [steps, seeds]."""
     experiment = Experiment(
         "study",
@@ -115,7 +117,7 @@ def trained(variant: Variant, data: OverwriteDataset, steps: int, seeds: int) ->
     return state["params"], np.asarray(jnp.stack(losses))
 
 
-def asked(mixer: LayerConfig, params: dict[str, Any], data: OverwriteDataset, T: int) -> list[dict[str, Any]]:
+def asked(mixer: LayerConfig, params: dict[str, Any], data: ProbeData, T: int) -> list[dict[str, Any]]:
     """By seed: the share of questions answered right, over all and by the distance since the key was told."""
     structure = flatten(jax.eval_shape(lambda: model_of(mixer, data.words).build(rngs=nnx.Rngs(0))))[1]
 
@@ -123,13 +125,15 @@ def asked(mixer: LayerConfig, params: dict[str, Any], data: OverwriteDataset, T:
     def likeliest(params: dict[str, Any], ids: Any, pos: Any) -> Any:
         return jax.vmap(lambda p: jnp.argmax(structure.module(p)(Tokens(ids, pos)).y_BTD, -1))(params)
 
-    right, gap = [], []
-    for batch in data.questions(T):
+    right = []
+    law = dataclasses.replace(LAW, length=T)
+    distance = law.rows(law.test_seed(), np.arange(ROWS)).about["distance"]
+    distance = distance[distance >= 0]
+    for batch in data.questions(Part(law, ROWS)):
         answers = np.asarray(likeliest(params, batch.ids_BT, batch.pos_BT))
         labels = np.asarray(batch.labels_BT)
         right.append((answers == labels[None])[:, labels != NOT_ASKED])
-        gap.append(gaps(batch)[labels != NOT_ASKED])
-    hits, distance = np.concatenate(right, 1), np.concatenate(gap)
+    hits = np.concatenate(right, 1)
     edges = [2, 8, 16, 32, 64, 128]
     spans = [(low, (distance > low) & (distance <= high)) for low, high in zip([0, *edges], edges, strict=False)]
     bins = [(str(low), mask) for low, mask in spans if mask.any()]
@@ -144,7 +148,7 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    data = Overwrite(T=64, B=16, vocab=16, keys=4, rows=128).build()
+    data = Probe(B=16, train=(Part(LAW),), test=(Part(LAW, ROWS),)).build()
     todo = [variant for variant in variants() if variant.figure in figures]
     for n, variant in enumerate(todo, 1):
         key = {"figure": variant.figure, "name": variant.name, "steps": steps, "seeds": seeds}

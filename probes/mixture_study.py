@@ -21,7 +21,8 @@ from layers.layer import LayerConfig
 from layers.mixture import MixtureOfMemories
 from models.lm import LM, Stage
 from probes.small_runs import Ledger, Questions, SmallRun, curves, door, train_and_ask
-from probes.tasks.recall import Recall, Segment
+from probes.tasks.recall import parts
+from probes.tasks.task import Part, Probe
 from training.experiment import AdamW, Schedule
 
 PAIRS, T, W = (2, 4, 8), 64, 128
@@ -33,11 +34,11 @@ MIXERS: dict[str, LayerConfig] = {
 }
 
 
-def data_of(pairs: tuple[int, ...]) -> Recall:
-    train = tuple(Segment(T, n, 40_000) for n in pairs)
-    return Recall(
-        T=T, B=128, vocab=W, train=train, test=tuple(Segment(T, n, 512) for n in pairs), filler="conflict_free"
-    )
+def data_of(pairs: tuple[int, ...]) -> Probe:
+    def segments(rows: int) -> tuple[Part, ...]:
+        return parts(rows, *((T, n) for n in pairs), vocab=W, filler="conflict_free")
+
+    return Probe(T=T, B=128, train=segments(40_000), test=segments(512))
 
 
 def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:

@@ -26,7 +26,8 @@ from layers.mlp import MLP
 from layers.prefix import PrefixLinearAttention
 from models.lm import LM, Stage
 from probes.small_runs import Ledger, Questions, SmallRun, curves, door, train_and_ask
-from probes.tasks.disjointness import Disjointness, mirrored
+from probes.tasks.disjointness import mirrored, parts
+from probes.tasks.task import Probe
 from training.experiment import Muon, Schedule
 
 SMALL, LARGE, VOCAB = 4, (8, 24), 64
@@ -48,11 +49,15 @@ def study(ledger: Ledger, steps: int, seeds: int, console: Console) -> None:
     for name, (mixer, reading) in KINDS.items():
         model = model_of(mixer)
         optimizer = Muon(lr=1e-2, schedule=Schedule(warmup=20, shape="cosine", final=0.0))
-        data = Disjointness(B=64, vocab=VOCAB, sizes=SIZES, tests=SIZES, reading=reading, rows=1024).build()
+        train, test = (parts(SIZES, rows, vocab=VOCAB, reading=reading) for rows in (0, 1024))
+        data = Probe(B=64, train=train, test=test).build()
         run = functools.partial(SmallRun, model, data, optimizer, steps)
         questions: Questions = [
-            ({"order": "first" if m == SMALL else "last", "large": max(m, n)}, functools.partial(data.questions, m, n))
-            for m, n in SIZES  # order: where the small set is
+            (
+                {"order": "first" if m == SMALL else "last", "large": max(m, n)},  # order: where the small set is
+                functools.partial(data.questions, part, T=data.config.T),
+            )
+            for (m, n), part in zip(SIZES, test, strict=True)
         ]
         alone = name == "attention"  # nothing is in doubt there
         train_and_ask(ledger, {"name": name}, run, questions, steps, 1 if alone else seeds, console)

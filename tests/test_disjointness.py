@@ -11,76 +11,58 @@ from models.lm import LM, Stage
 from probes import read_twice_study
 from probes.small_runs import Ledger, SmallRun
 from probes.tasks import disjointness
-from probes.tasks.disjointness import Disjointness, mirrored
+from probes.tasks.disjointness import Disjointness
 from training.data import NOT_ASKED, DataError
-
-SMALL = {"B": 8, "vocab": 40, "sizes": mirrored((3, 7)), "tests": ((2, 5), (9, 1)), "rows": 10}
 
 
 @pytest.mark.parametrize("reading", ["once", "twice", "ahead"])
-def test_the_label_is_the_one_token_of_both_sets(reading):
-    data = Disjointness(**SMALL, reading=reading).build()
-    batches = [data.batch(seed, step) for seed, step in ((0, 0), (0, 1), (4, 6))] + list(data.held_out())
-    sizes = [(3, 7), (7, 3), (3, 7), (2, 5), (9, 1), (2, 5), (9, 1)]
-    assert [len(batch.ids_BT) for batch in batches] == [8, 8, 8, 8, 8, 2, 2]
-    for batch, (m, n) in zip(batches, sizes, strict=True):
-        for b, (ids, pos, labels) in enumerate(zip(*batch[:3], strict=True)):
-            end = int((pos >= 0).sum())
-            np.testing.assert_array_equal(pos, [*range(end), *[-1] * (len(pos) - end)])
-            row = list(ids[:end])
-            if reading == "twice":
-                assert row[: end // 2] == row[end // 2 :]
-                row = row[: end // 2]
-            assert (row[0], row[1 + m], row[-1]) == (1, 2, 3) and len(row) == m + n + 3
-            first, second = row[1 : 1 + m], row[2 + m : -1]
-            assert len(set(first)) == m and len(set(second)) == n and min(first + second) >= 4
-            shared = set(first) & set(second)
-            assert len(shared) == 1 and labels[end - 1] in shared
-            assert (np.delete(labels, end - 1) == NOT_ASKED).all()
-            if reading == "ahead":
-                np.testing.assert_array_equal(batch.prefix_BT[b], np.arange(len(pos)) < end - 1)
-            else:
-                assert batch.prefix_BT is None
+@pytest.mark.parametrize(("m", "n"), [(3, 7), (7, 3), (9, 1)])
+def test_the_label_is_the_one_token_of_both_sets(m, n, reading):
+    law = Disjointness(vocab=40, first=m, second=n, reading=reading)
+    rows = law.rows(2, np.arange(20))
+    for r, (ids, labels) in enumerate(zip(rows.ids_NT.tolist(), rows.labels_NT, strict=True)):
+        end, row = len(ids), ids
+        if reading == "twice":
+            assert ids[: end // 2] == ids[end // 2 :]
+            row = ids[: end // 2]
+        assert (row[0], row[1 + m], row[-1]) == (1, 2, 3) and len(row) == m + n + 3
+        first, second = row[1 : 1 + m], row[2 + m : -1]
+        assert len(set(first)) == m and len(set(second)) == n and min(first + second) >= 4
+        shared = set(first) & set(second)
+        assert len(shared) == 1 and labels[-1] in shared and (labels[:-1] == NOT_ASKED).all()
+        slot, depth, distance = (rows.about[name][r, 0] for name in ("slot", "depth", "distance"))
+        assert second[slot] == ids[depth] == labels[-1] and depth + distance == end - 1
+        assert ids[depth + 1 : -1].count(labels[-1]) == 1  # of its two places, the first
+    batch = law.batch(2, np.arange(20), law.length + 2)
+    if reading == "ahead":
+        np.testing.assert_array_equal(batch.prefix_BT[5], np.arange(law.length + 2) < law.length - 1)
+    else:
+        assert batch.prefix_BT is None
 
 
 def test_every_token_and_place_is_as_likely():
     """5,000 rows: each word in each set, the shared one at each place of either; all within 5 standard errors."""
-    data = Disjointness(B=5000, vocab=14, sizes=((3, 4),), tests=((3, 4),), rows=1).build()
-    batch = data.batch(1, 0)
-    answer = batch.labels_BT[:, -1]
-    places = [(batch.ids_BT[:, part] == answer[:, None]).argmax(1) for part in (slice(1, 4), slice(5, 9))]
-    for found, options in ((answer - 4, 10), (places[0], 3), (places[1], 4), (batch.ids_BT[:, 1] - 4, 10)):
+    rows = Disjointness(vocab=14, first=3, second=4).rows(1, np.arange(5000))
+    answer = rows.labels_NT[:, -1]
+    places = [(rows.ids_NT[:, part] == answer[:, None]).argmax(1) for part in (slice(1, 4), slice(5, 9))]
+    for found, options in ((answer - 4, 10), (places[0], 3), (places[1], 4), (rows.ids_NT[:, 1] - 4, 10)):
         count = np.bincount(found, minlength=options)
         assert len(count) == options
         assert (np.abs(count - 5000 / options) < 5 * np.sqrt(5000 / options)).all()
-    assert collections.Counter(map(len, map(set, batch.ids_BT.tolist()))) == {9: 5000}
-
-
-def test_rows_are_a_function_of_seed_and_index():
-    data = Disjointness(**SMALL).build()
-    for mine, theirs in zip(data.batch(0, 2, slice(2, 4))[:3], data.batch(0, 2)[:3], strict=True):
-        np.testing.assert_array_equal(mine, theirs[2:4])
-    assert (data.batch(0, 2).ids_BT != data.batch(1, 2).ids_BT).any()
-    assert (data.batch(0, 2).ids_BT != data.batch(0, 4).ids_BT).any()
-    wide = Disjointness(**SMALL | {"B": 4}).build()  # the same rows in batches of another size
-    np.testing.assert_array_equal(
-        next(data.questions(2, 5)).ids_BT, np.concatenate([b.ids_BT for b in wide.questions(2, 5)])[:8]
-    )
-    twice = Disjointness(**SMALL, reading="twice").build()  # another reading, the same sets
-    np.testing.assert_array_equal(twice.batch(0, 2).ids_BT[:, :13], data.batch(0, 2).ids_BT[:, :13])
+    assert collections.Counter(map(len, map(set, rows.ids_NT.tolist()))) == {9: 5000}
+    twice = Disjointness(vocab=14, first=3, second=4, reading="twice").rows(1, np.arange(5000))
+    np.testing.assert_array_equal(twice.ids_NT[:, :10], rows.ids_NT)  # another reading, the same sets
 
 
 def test_what_cannot_be():
     assert len(disjointness.PAPER_TRAIN) == 12 and len(disjointness.PAPER_TEST) == 20
-    assert Disjointness().T == 16 + 768 + 3
+    assert max(part.task.length for part in disjointness.trials["disjointness@paper"].data.test) == 16 + 768 + 3
     with pytest.raises(DataError, match="Disjointness.vocab is 40: a set of 19"):
-        Disjointness(**SMALL | {"sizes": ((19, 2),)})
-    with pytest.raises(DataError, match="a set of 0 tokens"):
-        Disjointness(**SMALL | {"tests": ((0, 2),)})
-    with pytest.raises(DataError, match="Disjointness.T is 12: the longest row needs 13"):
-        Disjointness(**SMALL, T=12)
+        Disjointness(vocab=40, first=19)
+    with pytest.raises(DataError, match="Disjointness.second is 0"):
+        Disjointness(second=0)
     with pytest.raises(ValueError, match="Disjointness.reading is 'thrice'"):
-        Disjointness(**SMALL, reading="thrice")
+        Disjointness(reading="thrice")
 
 
 @pytest.mark.slow

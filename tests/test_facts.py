@@ -17,26 +17,24 @@ from training.data import NOT_ASKED, DataError
 
 
 def test_the_label_is_the_fact():
-    data = Facts(T=24, B=8, vocab=5, rows=10).build()
-    batches = [data.batch(seed, step) for seed, step in ((0, 0), (1, 5))] + list(data.held_out())
+    law = Facts(length=24, vocab=5)
     known: dict[tuple[int, int], int] = {}
-    for batch in batches:
-        for ids, labels in zip(batch.ids_BT.reshape(-1, 3), batch.labels_BT.reshape(-1, 3), strict=True):
+    for rows in (law.rows(0, np.arange(8)), law.rows(9, np.arange(8))):
+        for ids, labels in zip(rows.ids_NT.reshape(-1, 3), rows.labels_NT.reshape(-1, 3), strict=True):
             assert known.setdefault((ids[0], ids[1]), ids[2]) == ids[2] == labels[1]
             assert labels[0] == labels[2] == NOT_ASKED
+        np.testing.assert_array_equal(rows.about["pair"], rows.ids_NT[:, 0::3] * 5 + rows.ids_NT[:, 1::3])
     assert len(known) == 25 and len(set(known.values())) > 2
-    assert [len(batch.ids_BT) for batch in batches[2:]] == [8, 2]
-    other = Facts(T=24, B=8, vocab=5, facts=1).build()
-    assert (other.facts_WW != data.facts_WW).any()
-    np.testing.assert_array_equal(data.batch(0, 2).ids_BT[2:4], data.batch(0, 2, slice(2, 4)).ids_BT)
-    assert (data.batch(0, 2).ids_BT != data.batch(0, 3).ids_BT).any()
+    assert (Facts(vocab=5, facts=1).facts_WW != law.facts_WW).any()
 
 
 def test_what_cannot_be():
-    with pytest.raises(DataError, match="Facts.T is 10"):
-        Facts(T=10)
+    with pytest.raises(DataError, match="Facts.length is 10"):
+        Facts(length=10)
     with pytest.raises(DataError, match="Facts.vocab is 1"):
         Facts(vocab=1)
+    with pytest.raises(DataError, match="Dances.names is 3"):
+        Dances(names=3)
 
 
 @pytest.mark.slow
@@ -110,21 +108,20 @@ def test_studies_of_delays_and_of_state_are_trained(tmp_path, monkeypatch):
         assert all(0 <= row["accuracy"] < 0.2 for row in ledger.rows)
 
 
-def test_a_dance_is_said_again():
-    data = Dances(B=6, dances=3, moves=4, names=7, vocab=20, delays=(0, 5), tests=(0, 9), rows=7).build()
-    for batch, delay in ((data.batch(0, 0), 0), (data.batch(0, 3), 5), (list(data.held_out())[-1], 9)):
-        for ids, pos, labels in zip(batch.ids_BT, batch.pos_BT, batch.labels_BT, strict=True):
-            parts = ids[: 3 * (5 + delay)].reshape(3, -1)
-            assert len(set(parts[:, 0])) == 3 and (parts[:, 0] < 8).all() and (parts[:, 0] > 0).all()
-            assert (parts[:, 1:5] > 7).all() and not parts[:, 5:].any()
-            at = 3 * (5 + delay)
-            danced = parts[list(parts[:, 0]).index(ids[at]), 1:5]
-            np.testing.assert_array_equal(labels[at : at + 4], danced)
-            np.testing.assert_array_equal(ids[at + 1 : at + 4], danced[:-1])
-            assert (np.delete(labels, np.arange(at, at + 4)) == NOT_ASKED).all()
-            np.testing.assert_array_equal(pos, np.where(np.arange(len(pos)) < at + 4, np.arange(len(pos)), -1))
-    assert [len(batch.ids_BT) for batch in data.held_out()] == [6, 1, 6, 1]
-    with pytest.raises(DataError, match="Dances.T is 9: the longest delay needs 140"):
-        Dances(T=9, tests=(24,))
-    with pytest.raises(DataError, match="Dances.names is 3"):
-        Dances(names=3)
+@pytest.mark.parametrize("delay", [0, 5])
+def test_a_dance_is_said_again(delay):
+    rows = Dances(dances=3, moves=4, names=7, vocab=20, delay=delay).rows(1, np.arange(20))
+    at = 3 * (5 + delay)
+    assert rows.ids_NT.shape == (20, at + 4)
+    for n, (ids, labels) in enumerate(zip(rows.ids_NT, rows.labels_NT, strict=True)):
+        parts = ids[:at].reshape(3, -1)
+        assert len(set(parts[:, 0])) == 3 and (parts[:, 0] < 8).all() and (parts[:, 0] > 0).all()
+        assert (parts[:, 1:5] > 7).all() and not parts[:, 5:].any()
+        which = list(parts[:, 0]).index(ids[at])
+        np.testing.assert_array_equal(labels[at:], parts[which, 1:5])
+        np.testing.assert_array_equal(ids[at + 1 :], parts[which, 1:4])
+        assert (labels[:at] == NOT_ASKED).all()
+        about = {name: values[n].tolist() for name, values in rows.about.items()}
+        assert about["pair"] == [which] * 4 and about["answer"] == [0] * 4
+        assert about["depth"] == [which * (5 + delay) + 1 + i for i in range(4)]
+        assert [d + e for d, e in zip(about["depth"], about["distance"], strict=True)] == [at + i for i in range(4)]

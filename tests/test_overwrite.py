@@ -8,39 +8,33 @@ from rich.console import Console
 
 from layers.linear import LinearAttention
 from probes import memory_study
-from probes.tasks.overwrite import Overwrite, gaps
+from probes.tasks.overwrite import Overwrite
 from training.data import NOT_ASKED, DataError
 
 
 def test_the_label_is_what_the_key_was_told_last():
-    data = Overwrite(T=40, B=8, vocab=32, keys=5).build()
-    batch = data.batch(3, 7)
-    distance = gaps(batch)
-    for ids, labels, gap in zip(batch.ids_BT, batch.labels_BT, distance, strict=True):
+    rows = Overwrite(length=40, vocab=32, keys=5).rows(3, np.arange(8))
+    for n, (ids, labels) in enumerate(zip(rows.ids_NT, rows.labels_NT, strict=True)):
         told: dict[int, tuple[int, int]] = {}
+        gaps, numbers = [], []
         for t in range(0, 40, 2):
             key, value = ids[t], ids[t + 1]
             assert 1 <= key < 16 <= value < 32
             assert labels[t] == (told[key][0] if key in told else NOT_ASKED) and labels[t + 1] == NOT_ASKED
-            assert gap[t] == (t - told[key][1] if key in told else 0)
+            if key in told:
+                gaps.append(t - told[key][1])
+                numbers.append(key)
             told[key] = value, t
         assert len(told) <= 5
-    assert (batch.labels_BT != NOT_ASKED).sum() > 60
-
-
-def test_rows_are_a_function_of_seed_and_step():
-    data = Overwrite(T=16, B=6, tests=(16, 32), rows=8).build()
-    np.testing.assert_array_equal(data.batch(0, 2).ids_BT[2:4], data.batch(0, 2, slice(2, 4)).ids_BT)
-    assert (data.batch(0, 2).ids_BT != data.batch(1, 2).ids_BT).any()
-    assert (data.batch(0, 2).ids_BT != data.batch(0, 3).ids_BT).any()
-    held_out = list(data.held_out())
-    assert [len(batch.ids_BT) for batch in held_out] == [6, 2, 6, 2]
-    assert (held_out[0].pos_BT[:, 16:] == -1).all() and (held_out[2].pos_BT >= 0).all()
+        distance, pair = rows.about["distance"][n], rows.about["pair"][n]
+        assert distance[: len(gaps)].tolist() == gaps and (distance[len(gaps) :] == -1).all()
+        assert len(set(zip(pair[: len(gaps)].tolist(), numbers, strict=True))) == len(set(numbers))
+    assert (rows.labels_NT != NOT_ASKED).sum() > 60
 
 
 def test_what_cannot_be():
     with pytest.raises(DataError, match="it must be even"):
-        Overwrite(T=15)
+        Overwrite(length=15)
     with pytest.raises(DataError, match="Overwrite.keys is 32"):
         Overwrite(keys=32)
 

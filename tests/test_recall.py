@@ -15,11 +15,24 @@ from scipy import stats
 
 from probes import evaluation, figures
 from probes.tasks import draws, recall
-from probes.tasks.recall import BASED_FIGURE2, ZOOLOGY_FIGURE2, Recall, Segment, batch
+from probes.tasks.recall import BASED, MQAR, figure2_of_zoology, parts
+from probes.tasks.task import Part, Probe
 from training.data import NOT_ASKED, Batch, DataError
 
+LAW = MQAR(64, 16, 4, filler="conflict_free")
+MIXTURE = Probe(
+    B=4,
+    train=(Part(MQAR(64, 8, 2, filler="conflict_free"), 10), Part(LAW, 5)),
+    test=parts((6, 3), (8, 2), (24, 6), vocab=64, filler="conflict_free"),
+)
 SETTINGS = [(8192, 64, 4), (256, 64, 16), (21, 20, 5), (5, 4, 1), (8192, 1024, 256)]
 FILLERS: tuple[recall.Filler, ...] = ("random", "zero", "conflict_free")
+
+
+def batch(vocab, length, pairs, rows, seed, *, start=0, **law):
+    """Ids and labels of rows start..start+rows-1."""
+    made = MQAR(vocab, length, pairs, **law).rows(seed, np.arange(start, start + rows))
+    return made.ids_NT, made.labels_NT
 
 
 def places(labels, pairs):
@@ -74,9 +87,23 @@ def test_structure(vocab, length, pairs, filler, order):
             assert not set(rest) & set(keys)
 
 
-def test_random_filler_flag():
-    assert (batch(64, 32, 2, 9, 0, True)[0] == batch(64, 32, 2, 9, 0, filler="random")[0]).all()
-    assert (batch(64, 32, 2, 9, 0, False)[0] == batch(64, 32, 2, 9, 0, filler="zero")[0]).all()
+@pytest.mark.parametrize("again", ["same", "shuffled"])
+def test_passes(again):
+    """The pairs are said twice, and what is known of a question is of the last time."""
+    law = MQAR(60, 40, 4, passes=3, again=again)
+    rows = law.rows(1, np.arange(200))
+    moved = 0
+    for n, (ids, labels) in enumerate(zip(rows.ids_NT.tolist(), rows.labels_NT.tolist(), strict=True)):
+        said = [list(zip(ids[p : p + 8 : 2], ids[p + 1 : p + 8 : 2], strict=True)) for p in (0, 8, 16)]
+        assert sorted(said[0]) == sorted(said[1]) == sorted(said[2])
+        moved += said[0] != said[1]
+        asked = [t for t, label in enumerate(labels) if label != NOT_ASKED]
+        assert len(asked) == 4 and asked[0] >= 24
+        for q, t in enumerate(asked):
+            pair, slot, distance = (rows.about[name][n, q] for name in ("pair", "slot", "distance"))
+            assert said[0][pair] == (ids[t], labels[t]) and t == 24 + 2 * slot
+            assert t - distance == 16 + 2 * said[2].index((ids[t], labels[t]))
+    assert (moved == 0) if again == "same" else (moved > 180)
 
 
 def test_filler_leaves_all_else():
@@ -189,8 +216,7 @@ def test_a_row_is_a_function_of_seed_and_index(filler, order):
         some = batch(100, 64, 8, rows, seed=7, start=start, **options)
         assert (some[0] == inputs[start : start + rows]).all() and (some[1] == labels[start : start + rows]).all()
     picked = np.array([5, 1, 5, 2400])
-    again, _ = recall.rows_at(picked, 100, 64, 8, 7, filler, order)
-    assert (again == inputs[picked]).all()
+    assert (MQAR(100, 64, 8, **options).rows(7, picked).ids_NT == inputs[picked]).all()
     assert (batch(100, 64, 8, 2500, seed=8, **options)[0] != inputs).any(1).all()
 
 
@@ -208,7 +234,7 @@ def test_rows_and_seeds_are_independent():
     ("arguments", "options", "digest"),
     [
         ((8192, 64, 4, 100, 0), {}, "cd36fbaf9751a07c"),
-        ((8192, 64, 4, 100, 0, False), {}, "140d4c7f0c0d31c1"),
+        ((8192, 64, 4, 100, 0), {"filler": "zero"}, "140d4c7f0c0d31c1"),
         (
             (256, 128, 32, 50, 12345),
             {"filler": "conflict_free", "order": "shuffled", "start": 10**12},
@@ -267,7 +293,7 @@ def test_speed_and_memory():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((256, 64, 0, 1, 0), "pairs is 0: it must be at least 1"),
+        ((256, 64, 0, 1, 0), "MQAR.pairs is 0: it must be at least 1"),
         ((256, 63, 4, 1, 0), "length is 63: it must be even"),
         ((256, 64, 17, 1, 0), "length is 64: 17 pairs and their queries need at least 68"),
         ((64, 64, 4, 1, 0), "vocab is 64: it must be above the length, 64"),
@@ -282,27 +308,31 @@ def test_impossible_laws(arguments, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": ()}, "Recall.train is empty"),
-        ({"test": (Segment(64, 17, 5),)}, "length is 64"),
-        ({"train": (Segment(64, 4, 0),)}, "Segment.rows is 0"),
-        ({"T": 32}, "Recall.T is 32: the longest training segment needs 64"),
-        ({"B": 0}, "Recall.B is 0"),
-        ({"filler": "ones"}, "filler is 'ones': it must be one of random, zero, conflict_free"),
-        ({"order": "sorted"}, "order is 'sorted': it must be one of drawn, shuffled"),
+        ({"train": ()}, "Probe.train is empty"),
+        ({"train": (Part(LAW, 5), Part(LAW))}, "Probe.train has parts with and without a number of rows"),
+        ({"test": (Part(LAW),)}, "Part.rows is below 1"),
+        ({"test": (Part(MQAR(100, 64), 4),)}, "Probe has laws of 64 and 100 words"),
+        ({"T": 15}, "Probe.T is 15: the longest training row needs 16"),
+        ({"B": 0}, "Probe.B is 0"),
     ],
 )
-def test_impossible_configs(fields, message):
+def test_impossible_probes(fields, message):
     with pytest.raises(DataError, match=message):
-        Recall(**{"vocab": 256, **fields})
+        dataclasses.replace(MIXTURE, **fields)
 
 
-MIXTURE = Recall(
-    B=4,
-    vocab=64,
-    train=(Segment(8, 2, 10), Segment(16, 4, 5)),
-    test=(Segment(8, 2, 6), Segment(24, 6, 3)),
-    filler="conflict_free",
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"filler": "ones"}, "MQAR.filler is 'ones': it must be one of random, zero, conflict_free"),
+        ({"order": "sorted"}, "MQAR.order is 'sorted': it must be one of drawn, shuffled"),
+        ({"passes": 0}, "MQAR.passes is 0"),
+        ({"pairs": 5, "passes": 6}, "5 pairs and their queries need at least 70"),
+    ],
 )
+def test_impossible_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MQAR(**{"vocab": 256, **fields})
 
 
 def test_an_epoch_visits_every_row():
@@ -351,7 +381,7 @@ def test_held_out():
     assert len(list(dataset.held_out(2))) == 2
     for whole, part in zip(dataset.held_out(), dataset.held_out(rows=slice(1, 3)), strict=True):
         assert (whole.ids_BT[1:3] == part.ids_BT).all() and (whole.labels_BT[1:3] == part.labels_BT).all()
-    short = next(dataset.questions(Segment(8, 2, 6)))
+    short = next(dataset.questions(MIXTURE.test[0]))
     assert short.ids_BT.shape == (4, 8) and (short.ids_BT == batches[0].ids_BT[:, :8]).all()
     trained = {row[:8].tobytes() for step in range(30) for row in dataset.batch(0, step).ids_BT}
     assert not trained & {row[:8].tobytes() for row in short.ids_BT}
@@ -361,26 +391,28 @@ def test_digest():
     digest = MIXTURE.build().digest
     assert digest == MIXTURE.build().digest and len(digest) == 64
     changes: list[dict[str, Any]] = [
-        {"vocab": 65},
-        {"filler": "zero"},
-        {"order": "shuffled"},
-        {"exponent": 0.5},
+        {"T": 17},
+        {"B": 5},
         {"train": MIXTURE.train[1:]},
+        {"train": MIXTURE.train + MIXTURE.test[:1], "test": MIXTURE.test[1:]},
+        {"test": (Part(LAW, 3),)},
+        {"test": (Part(dataclasses.replace(LAW, exponent=0.5), 3),)},
     ]
     digests = [dataclasses.replace(MIXTURE, **change).build().digest for change in changes]
-    assert len({digest, *digests}) == 6
+    assert len({digest, *digests}) == 7
 
 
 def test_published_mixtures():
-    figure2 = [(c.train[0].length, c.train[0].pairs, c.B) for c in ZOOLOGY_FIGURE2]
-    assert figure2 == [(64, 4, 512), (128, 8, 512), (256, 16, 256), (512, 64, 128)]
-    assert all((c.vocab, c.filler, c.order, c.exponent) == (8192, "zero", "drawn", 0.01) for c in ZOOLOGY_FIGURE2)
-    assert all((c.train[0].rows, c.test[0].rows) == (100_000, 3_000) for c in ZOOLOGY_FIGURE2)
-    based = BASED_FIGURE2
-    assert sum(-(-s.rows // based.B) for s in based.train) == 707  # steps an epoch, as published
-    assert sum(s.rows for s in based.test) == 7000
-    assert (based.vocab, based.filler, based.T) == (8192, "random", 256)
-    lengths = [int(np.sum(b.pos_BT[0] >= 0)) for b in based.build().held_out(7)]
+    figure2 = [(c.train[0].task, c.train[0].rows, c.test[0].rows, c.B) for c in figure2_of_zoology()]
+    assert [(law.length, law.pairs, B) for law, *_, B in figure2] == [
+        (64, 4, 512), (128, 8, 512), (256, 16, 256), (512, 64, 128)
+    ]  # fmt: skip
+    assert all((c.vocab, c.filler, c.order, c.exponent) == (8192, "zero", "drawn", 0.01) for c, *_ in figure2)
+    assert all((train, test) == (100_000, 3_000) for _, train, test, _ in figure2)
+    assert sum(-(-part.rows // BASED.B) for part in BASED.train) == 707  # steps an epoch, as published
+    assert sum(part.rows for part in BASED.test) == 7000 and BASED.T == 256
+    assert {(p.task.vocab, p.task.filler) for p in BASED.train + BASED.test} == {(8192, "random")}
+    lengths = [int(np.sum(b.pos_BT[0] >= 0)) for b in BASED.build().held_out(7)]
     assert lengths == [64, 64, 64, 128, 256, 512, 1024]
 
 

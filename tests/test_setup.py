@@ -96,7 +96,7 @@ def test_an_unknown_accelerator_is_one_line():
 
 def test_a_python_too_old_is_refused_before_anything_changes(tmp_path):
     old = tmp_path / "python3.10"
-    old.write_text("#!/bin/sh\ntest \"$1\" = -V && echo Python 3.10.0 || exit 1\n")
+    old.write_text('#!/bin/sh\ntest "$1" = -V && echo Python 3.10.0 || exit 1\n')
     old.chmod(0o755)
     answer = make("env", f"PYTHON={old}")
     assert answer.returncode != 0

@@ -89,7 +89,7 @@ def test_chance_is_what_another_rows_answer_gives(law):
             hits.append(np.mean(rows.about["legal"][n, :Q] >> guesses[:Q] & 1))
         else:
             hits.append(np.mean(answers[:Q] == guesses[:Q]))
-    error = max(np.std(hits) / N**0.5, 1 / N)
+    error = max(float(np.std(hits)), (law.chance * (1 - law.chance)) ** 0.5) / N**0.5 + 1 / N
     assert abs(np.mean(hits) - law.chance) < 4 * error, (np.mean(hits), law.chance, error)
 
 

@@ -6,97 +6,84 @@ A text's form of the ballet of Lampinen et al. 2021 (arXiv 2105.14039): there an
 by a delay, and is asked for one. Each row has `dances` names of their own, of words 1..names, and for each `moves`
 words of names+1..vocab-1, drawn anew; `delay` tokens 0 follow each. Then one of the names comes again and its moves
 are asked for: the first at the name, each next one at the move before it (a move says little by itself: it may occur
-in each dance). Chance: 1 / (vocab - names - 1).
+in each dance). Chance: 1 / (vocab - names - 1). Plateau: 1 / dances, the moves of some dance of the row.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 
 from probes.tasks import draws
-from training.data import NOT_ASKED, Batch, DataConfig, DataError, Dataset
+from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, whole
+from training.data import DataError
 
 _NAMES, _MOVES, _WHICH = range(3)  # streams of draws
-_TRAIN, _TEST = range(2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Dances(DataConfig):
-    """B rows a step, never the same row twice, all of one of the `delays` in turn.
+class Dances(Task):
+    """vocab, names, dances, moves, delay: the law, as above."""
 
-    T: 0, or more than the longest row wants. tests: delays of held-out rows, `rows` of each.
-    """
-
-    T: int = 0
-    B: int = 32
     vocab: int = 48
     names: int = 15
     dances: int = 4
     moves: int = 8
-    delays: tuple[int, ...] = (0, 8)
-    tests: tuple[int, ...] = (0, 8, 32)
-    rows: int = 128
+    delay: int = 0
 
     def __post_init__(self):
-        for name in ("dances", "moves"):
-            if getattr(self, name) < 1:
-                raise DataError(f"Dances.{name} is {getattr(self, name)}: it must be at least 1")
-        if not self.delays or min(self.delays + self.tests) < 0:
-            raise DataError(f"Dances.delays is {self.delays}, tests {self.tests}: give delays of at least 0")
+        whole(self, dances=1, moves=1, delay=0)
         if not self.dances <= self.names < self.vocab - 2:
             raise DataError(f"Dances.names is {self.names}: it must be at least dances, and leave words for moves")
-        longest = max(map(self.length, self.delays + self.tests))
-        if 0 < self.T < longest:
-            raise DataError(f"Dances.T is {self.T}: the longest delay needs {longest} (0 means just that)")
-        object.__setattr__(self, "T", self.T or longest)
-        super().__post_init__()
 
-    def length(self, delay: int) -> int:
-        return self.dances * (1 + self.moves + delay) + self.moves
+    @property
+    def length(self) -> int:
+        return self.dances * (1 + self.moves + self.delay) + self.moves
 
-    def build(self) -> "DancesDataset":
-        return DancesDataset(self)
+    @property
+    def asked(self) -> int:
+        return self.moves
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab - self.names - 1)
+
+    @property
+    def plateau(self) -> float:
+        return 1 / self.dances
+
+    def rows(self, seed: int, index_N: Ints) -> Rows:
+        N = len(index_N)
+        name = 1 + draws.distinct(seed, _NAMES, index_N, self.dances, self.names)
+        words = self.vocab - self.names - 1
+        move = 1 + self.names + draws.integers(seed, _MOVES, index_N, self.dances * self.moves, words)
+        move = move.reshape(N, self.dances, self.moves)
+        which = draws.integers(seed, _WHICH, index_N, 1, self.dances)[:, 0]
+        each = 1 + self.moves + self.delay
+        ids, labels = empty(N, self.length)
+        said = ids[:, : self.dances * each].reshape(N, self.dances, each)  # a copy: rows are not contiguous
+        said[:, :, 0], said[:, :, 1 : 1 + self.moves] = name, move
+        last = self.dances * each
+        ids[:, :last] = said.reshape(N, -1)
+        asked, answer = name[np.arange(N), which], move[np.arange(N), which]
+        ids[:, last], ids[:, last + 1 :] = asked, answer[:, :-1]
+        labels[:, last:] = answer
+        depth = which[:, None] * each + 1 + np.arange(self.moves)
+        about = {
+            "answer": np.zeros([N, self.moves], np.int64),
+            "pair": np.repeat(which[:, None], self.moves, 1),
+            "depth": depth,
+            "distance": last + np.arange(self.moves) - depth,
+        }
+        return Rows(ids, labels, about)
 
 
-class DancesDataset(Dataset):
-    config: Dances
+_LAW = Dances(vocab=64, names=16, moves=3)
+_DELAYS = tuple(dataclasses.replace(_LAW, delay=delay) for delay in (1, 4, 16, 64))
 
-    def __init__(self, config: Dances):
-        self.config = config
-        self.words, self.labelled = config.vocab, config.moves
-        self.token_bytes = np.zeros([config.vocab], np.int32)
-        self.digest = hashlib.sha256(f"dances 1: {config}".encode()).hexdigest()
-
-    def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
-        index_B = (step * self.config.B + np.arange(self.config.B))[rows or slice(None)]
-        delays = self.config.delays
-        return self._rows(draws.fold(_TRAIN, seed), index_B, delays[step % len(delays)])
-
-    def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
-        every = [batch for delay in self.config.tests for batch in self.questions(delay, rows)]
-        yield from every if batches is None else every[:batches]
-
-    def questions(self, delay: int, rows: slice | None = None) -> Iterator[Batch]:
-        """The held-out rows of a delay, B at a time."""
-        for first in range(0, self.config.rows, self.config.B):
-            index_B = np.arange(first, min(first + self.config.B, self.config.rows))[rows or slice(None)]
-            yield self._rows(draws.fold(_TEST, delay), index_B, delay)
-
-    def _rows(self, seed: int, index_B: np.ndarray, delay: int) -> Batch:
-        c, B = self.config, len(index_B)
-        name = 1 + draws.distinct(seed, _NAMES, index_B, c.dances, c.names)
-        move = 1 + c.names + draws.integers(seed, _MOVES, index_B, c.dances * c.moves, c.vocab - c.names - 1)
-        move = move.reshape(B, c.dances, c.moves)
-        which = draws.integers(seed, _WHICH, index_B, 1, c.dances)[:, 0]
-        said = np.zeros((B, c.dances, 1 + c.moves + delay), np.int32)
-        said[:, :, 0], said[:, :, 1 : 1 + c.moves] = name, move
-        asked, answer = name[np.arange(B), which], move[np.arange(B), which]
-        ids, labels = np.zeros((B, c.T), np.int32), np.full((B, c.T), NOT_ASKED, np.int32)
-        end, last = self.config.length(delay), said[0].size
-        ids[:, :last] = said.reshape(B, -1)
-        ids[:, last], ids[:, last + 1 : end] = asked, answer[:, :-1]
-        labels[:, last:end] = answer
-        pos = np.where(np.arange(c.T) < end, np.arange(c.T), -1).astype(np.int32)
-        return Batch(ids, np.broadcast_to(pos, (B, c.T)), labels)
+trials = {
+    "dances": Trial(
+        Probe(B=64, train=tuple(Part(law) for law in _DELAYS[:2]), test=tuple(Part(law, 128) for law in _DELAYS)),
+        steps=800,
+    ),
+    "dances@smoke": Trial(Probe(B=32, train=(Part(_LAW),), test=(Part(_LAW, 64),)), steps=60),
+}

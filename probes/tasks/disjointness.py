@@ -11,124 +11,123 @@ A model that reads on must keep the first set to find what the second shares wit
 while it reads the first (or reads both sets twice) may keep whichever is smaller: that is what the task is for.
 
 `reading`: "once"; "twice", the whole row and then again, `1 a 2 b 3 1 a 2 b 3`, asked at the end (JRT-prompt);
-"ahead", once, all but the 3 a region that is read ahead (JRT-RNN). Chance: 1 / (vocab - 4) for any token, 1 / min(m, n)
-for some token of the smaller set.
+"ahead", once, all but the 3 a region that is read ahead (JRT-RNN).
+
+Chance: 1 / (vocab - 4), any token; plateau: 1 / min(m, n), some token of the smaller set.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from training.data import NOT_ASKED, Batch, DataConfig, DataError, Dataset
+from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, whole
+from training.data import NOT_ASKED, DataError
 
 Sizes = tuple[tuple[int, int], ...]  # (tokens of the first set, of the second)
+Reading = Literal["once", "twice", "ahead"]
 MARKS = 4
 _TOKENS, _SHARED, _PLACE = range(3)  # streams of draws
-_TRAIN, _TEST = range(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disjointness(Task):
+    """vocab, reading: the law, as above. first, second: tokens of the two sets, m and n."""
+
+    vocab: int = 2048
+    first: int = 4
+    second: int = 16
+    reading: Reading = "once"
+
+    def __post_init__(self):
+        one_of(self)
+        whole(self, first=1, second=1)
+        large = max(self.first, self.second)
+        if 2 * large > self.vocab - MARKS:
+            raise DataError(
+                f"Disjointness.vocab is {self.vocab}: a set of {large} needs twice as many and {MARKS} marks"
+            )
+
+    @property
+    def length(self) -> int:
+        return (self.first + self.second + 3) * (2 if self.reading == "twice" else 1)
+
+    @property
+    def asked(self) -> int:
+        return 1
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab - MARKS)
+
+    @property
+    def plateau(self) -> float:
+        return 1 / min(self.first, self.second)
+
+    @property
+    def region(self) -> int:
+        return self.length - 1 if self.reading == "ahead" else 0
+
+    def rows(self, seed: int, index_N: Ints) -> Rows:
+        N, m, n = len(index_N), self.first, self.second
+        tokens = MARKS + draws.distinct(seed, _TOKENS, index_N, m + n, self.vocab - MARKS)
+        shared = draws.integers(seed, _SHARED, index_N, 1, m)
+        place = draws.integers(seed, _PLACE, index_N, 1, n)
+        answer = np.take_along_axis(tokens, shared, 1)
+        np.put_along_axis(tokens, m + place, answer, 1)
+        marks = [np.full([N, 1], mark) for mark in (1, 2, 3)]
+        row = np.concatenate([marks[0], tokens[:, :m], marks[1], tokens[:, m:], marks[2]], 1).astype(np.int32)
+        row = np.tile(row, (1, 2)) if self.reading == "twice" else row
+        labels = np.full(row.shape, NOT_ASKED, np.int32)
+        labels[:, -1] = answer[:, 0]
+        # The row whole is read before the question where it is read twice: its last telling counts.
+        depth = self.length - (m + n + 3) + 1 + shared
+        return Rows(row, labels, {"slot": place, "depth": depth, "distance": self.length - 1 - depth})
 
 
 def mirrored(*sizes: tuple[int, int]) -> Sizes:
     return tuple(pair for m, n in sizes for pair in ((m, n), (n, m)))
 
 
-# The paper's, with a vocabulary of 2,048; it trains on 20,000 rows of each for 48 epochs and tests on 1,000 of each.
+def parts(sizes: Sizes, rows: int, **law: Any) -> tuple[Part, ...]:
+    return tuple(Part(Disjointness(first=m, second=n, **law), rows) for m, n in sizes)
+
+
+# The paper's: it trains on 20,000 rows of each for 48 epochs and tests on 1,000 of each.
 PAPER_TRAIN = mirrored((4, 16), (8, 32), (64, 16), (4, 128), (16, 256), (4, 256))
 PAPER_TEST = mirrored(
     (1, 32), (4, 32), (4, 128), (16, 256), (4, 256), (16, 512), (4, 512), (8, 768), (16, 768), (4, 768)
 )
+_SMALL = mirrored((4, 16), (8, 32))
 
-
-@dataclasses.dataclass(frozen=True)
-class Disjointness(DataConfig):
-    """B rows a step, never the same row twice, all of one of the `sizes` in turn.
-
-    T: 0, or more than the longest row wants. tests: sizes of held-out rows, `rows` of each.
-    """
-
-    T: int = 0
-    B: int = 128
-    vocab: int = 2048
-    sizes: Sizes = PAPER_TRAIN
-    tests: Sizes = PAPER_TEST
-    reading: Literal["once", "twice", "ahead"] = "once"
-    rows: int = 1000
-
-    def __post_init__(self):
-        one_of(self)
-        if not self.sizes or not self.tests:
-            raise DataError("Disjointness.sizes or tests is empty: give at least one pair of sizes")
-        for m, n in self.sizes + self.tests:
-            if min(m, n) < 1:
-                raise DataError(f"Disjointness.sizes has a set of {min(m, n)} tokens: give at least 1")
-            if 2 * max(m, n) > self.vocab - MARKS:
-                raise DataError(
-                    f"Disjointness.vocab is {self.vocab}: a set of {max(m, n)} needs twice as many and {MARKS} marks"
-                )
-        if self.rows < 1:
-            raise DataError(f"Disjointness.rows is {self.rows}: it must be at least 1")
-        longest = max(self.length(*pair) for pair in self.sizes + self.tests)
-        if 0 < self.T < longest:
-            raise DataError(f"Disjointness.T is {self.T}: the longest row needs {longest} (0 means just that)")
-        object.__setattr__(self, "T", self.T or longest)
-        super().__post_init__()
-
-    def length(self, m: int, n: int) -> int:
-        return (m + n + 3) * (2 if self.reading == "twice" else 1)
-
-    def build(self) -> "DisjointnessDataset":
-        return DisjointnessDataset(self)
-
-
-class DisjointnessDataset(Dataset):
-    config: Disjointness
-
-    def __init__(self, config: Disjointness):
-        self.config = config
-        self.words, self.labelled = config.vocab, 1
-        self.prefix = config.T if config.reading == "ahead" else 0
-        self.token_bytes = np.zeros([config.vocab], np.int32)
-        self.digest = hashlib.sha256(f"disjointness 1: {config}".encode()).hexdigest()
-
-    def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
-        index_B = (step * self.config.B + np.arange(self.config.B))[rows or slice(None)]
-        sizes = self.config.sizes
-        return self._rows(draws.fold(_TRAIN, seed), index_B, *sizes[step % len(sizes)])
-
-    def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
-        """Batches of one pair of sizes each, the pairs by turns."""
-        firsts = range(0, self.config.rows, self.config.B)
-        turns = [(first, pair) for first in firsts for pair in self.config.tests]
-        for first, (m, n) in turns if batches is None else turns[:batches]:
-            yield self._asked(m, n, first, rows)
-
-    def questions(self, m: int, n: int, rows: slice | None = None) -> Iterator[Batch]:
-        """The held-out rows of a pair of sizes, B at a time."""
-        for first in range(0, self.config.rows, self.config.B):
-            yield self._asked(m, n, first, rows)
-
-    def _asked(self, m: int, n: int, first: int, rows: slice | None) -> Batch:
-        index_B = np.arange(first, min(first + self.config.B, self.config.rows))[rows or slice(None)]
-        return self._rows(draws.fold(_TEST, m, n), index_B, m, n)
-
-    def _rows(self, seed: int, index_N: np.ndarray, m: int, n: int) -> Batch:
-        c, N = self.config, len(index_N)
-        tokens = MARKS + draws.distinct(seed, _TOKENS, index_N, m + n, c.vocab - MARKS)
-        shared = draws.integers(seed, _SHARED, index_N, 1, m)
-        place = draws.integers(seed, _PLACE, index_N, 1, n)
-        answer = np.take_along_axis(tokens, shared, 1)
-        np.put_along_axis(tokens, m + place, answer, 1)
-        marks = [np.full([N, 1], mark) for mark in (1, 2, 3)]
-        row = np.concatenate([marks[0], tokens[:, :m], marks[1], tokens[:, m:], marks[2]], 1)
-        row = np.tile(row, (1, 2)) if c.reading == "twice" else row
-        end = row.shape[1]
-        ids, labels = np.zeros([N, c.T], np.int32), np.full([N, c.T], NOT_ASKED, np.int32)
-        ids[:, :end], labels[:, end - 1] = row, answer[:, 0]
-        place_T = np.arange(c.T, dtype=np.int32)
-        pos = np.broadcast_to(np.where(place_T < end, place_T, np.int32(-1)), (N, c.T))
-        ahead = np.broadcast_to(place_T < end - 1, (N, c.T)) if c.reading == "ahead" else None
-        return Batch(ids, pos, labels, ahead)
+trials = {
+    "disjointness": Trial(
+        Probe(
+            B=64,
+            train=parts(_SMALL, 0, vocab=256),
+            test=parts((*_SMALL, *mirrored((4, 64))), 128, vocab=256),
+        ),
+        steps=800,
+        blocks=2,
+    ),
+    "disjointness@smoke": Trial(
+        Probe(B=32, train=parts(_SMALL[:2], 0, vocab=64), test=parts(_SMALL[:2], 64, vocab=64)), steps=60
+    ),
+    "disjointness@paper": Trial(
+        Probe(B=128, train=parts(PAPER_TRAIN, 20_000), test=parts(PAPER_TEST, 1_000)),
+        steps=48 * 12 * 157,
+        lr=5e-4,
+        blocks=2,
+    ),
+    "twice": Trial(
+        Probe(
+            B=64,
+            train=parts(_SMALL, 0, vocab=256, reading="twice"),
+            test=parts((*_SMALL, *mirrored((4, 64))), 128, vocab=256, reading="twice"),
+        ),
+        steps=800,
+        blocks=2,
+    ),
+}

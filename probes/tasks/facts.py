@@ -8,64 +8,60 @@ there are pairs, vocab². Chance: 1 / vocab.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+import functools
 
 import numpy as np
 
 from probes.tasks import draws
-from training.data import NOT_ASKED, Batch, DataConfig, DataError, Dataset
+from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, whole
+from training.data import DataError
 
 _FACTS, _WORDS = range(2)  # streams of draws
-_TRAIN, _TEST = range(2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts(DataConfig):
-    """B rows of T tokens a step, never the same row twice. facts: the seed of F. rows: held-out ones."""
+class Facts(Task):
+    """vocab, length: the law, as above. facts: the seed of F."""
 
-    T: int = 48
-    B: int = 32
     vocab: int = 64
+    length: int = 48
     facts: int = 0
-    rows: int = 128
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.T % 3:
-            raise DataError(f"Facts.T is {self.T}: a fact is three tokens, so it must be a multiple of 3")
-        if self.vocab < 2:
-            raise DataError(f"Facts.vocab is {self.vocab}: it must be at least 2")
+        whole(self, vocab=2, length=3)
+        if self.length % 3:
+            raise DataError(f"Facts.length is {self.length}: a fact is three tokens, so it must be a multiple of 3")
 
-    def build(self) -> "FactsDataset":
-        return FactsDataset(self)
+    @property
+    def asked(self) -> int:
+        return self.length // 3
 
+    @property
+    def chance(self) -> float:
+        """Of a word that another fact has: as likely as F's words repeat."""
+        share = np.bincount(self.facts_WW.ravel(), minlength=self.vocab) / self.vocab**2
+        return float(np.sum(share**2))
 
-class FactsDataset(Dataset):
-    config: Facts
+    @functools.cached_property
+    def facts_WW(self) -> Int32s:
+        W = self.vocab
+        return draws.integers(self.facts, _FACTS, np.arange(W), W, W).astype(np.int32)
 
-    def __init__(self, config: Facts):
-        self.config, W = config, config.vocab
-        self.words, self.labelled = W, config.T // 3
-        self.token_bytes = np.zeros([W], np.int32)
-        self.digest = hashlib.sha256(f"facts 1: {config}".encode()).hexdigest()
-        self.facts_WW = draws.integers(config.facts, _FACTS, np.arange(W), W, W).astype(np.int32)
-
-    def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
-        index_B = (step * self.config.B + np.arange(self.config.B))[rows or slice(None)]
-        return self._rows(draws.fold(_TRAIN, seed), index_B)
-
-    def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
-        firsts = range(0, self.config.rows, self.config.B)
-        for first in firsts if batches is None else firsts[:batches]:
-            index_B = np.arange(first, min(first + self.config.B, self.config.rows))[rows or slice(None)]
-            yield self._rows(draws.fold(_TEST, 0), index_B)
-
-    def _rows(self, seed: int, index_B: np.ndarray) -> Batch:
-        B, T = len(index_B), self.config.T
-        said = draws.integers(seed, _WORDS, index_B, 2 * T // 3, self.config.vocab).reshape(B, -1, 2).astype(np.int32)
+    def rows(self, seed: int, index_N: Ints) -> Rows:
+        N, Q = len(index_N), self.asked
+        said = draws.integers(seed, _WORDS, index_N, 2 * Q, self.vocab).reshape(N, Q, 2)
         answer = self.facts_WW[said[..., 0], said[..., 1]]
-        ids = np.concatenate([said, answer[..., None]], -1).reshape(B, T)
-        labels = np.full_like(ids, NOT_ASKED)
+        ids, labels = empty(N, self.length)
+        ids[:, 0::3], ids[:, 1::3], ids[:, 2::3] = said[..., 0], said[..., 1], answer
         labels[:, 1::3] = answer
-        return Batch(ids, np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), labels)
+        return Rows(ids, labels, {"pair": said[..., 0] * self.vocab + said[..., 1]})
+
+
+_LAW = Facts()
+
+trials = {
+    "facts": Trial(Probe(B=32, train=(Part(_LAW),), test=(Part(_LAW, 128),)), lr=3e-3, mlp=True, conv=False, goal=0.9),
+    "facts@smoke": Trial(
+        Probe(B=32, train=(Part(Facts(vocab=8)),), test=(Part(Facts(vocab=8), 64),)), steps=60, mlp=True, goal=0.9
+    ),
+}
