@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     from probes.after import look
     from training.checkpoint import CheckpointError, reason
     from training.data import DataError
-    from training.flags import parse
+    from training.flags import Options, parse
     from training.report import report
     from training.run import train
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         stem = path.parent.name if path.name == "config.py" else path.stem
         run = Path("runs") / (f"{stem}@{size}" if size else stem)
     try:
-        options = parse(experiment, arguments[1:], program=f"python train.py {arguments[0]}", run=run)
+        options = parse(Options(experiment, run), arguments[1:], program=f"python train.py {arguments[0]}")
         outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
         if outcome["status"] == "done":
             report(options.experiment, outcome, options.run)

@@ -20,6 +20,7 @@ class Scores(NamedTuple):
     squared_log_z: Array  # for the z-loss
     asked: Array  # 1 where there is a label
     labels: Array  # int32
+    best: Array  # int32, the likeliest word
     ahead: Array | None = None  # bool, of a region read ahead: a label there is the hidden token itself
 
 
@@ -68,7 +69,7 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
             return jnp.where(asked, x, 0.0)
 
         hit = (best == label).astype(logits.dtype)
-        return Scores(only(log_z - chosen), only(hit), only(log_z**2), asked.astype(logits.dtype), labels_BT)
+        return Scores(only(log_z - chosen), only(hit), only(log_z**2), asked.astype(logits.dtype), labels_BT, best)
 
     size = max(limit // (B * model.config.W), 1)  # positions of every row at once
     if size >= T:

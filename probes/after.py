@@ -1,42 +1,39 @@
 """The questions every trained model is asked when its run ends: does it recall what it has read?"""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from layers.layer import Tokens
 from models.lm import LanguageModel
-from probes.evaluation import append_json, evaluate, table
+from probes.evaluation import Answer, evaluate, table
 from probes.figures import recall_curve, repetition_curve
 from probes.repetition import read_twice
-from probes.tasks.recall import RecallDataset, Segment
+from probes.small_runs import scored
+from probes.tasks.task import Part, ProbeData
 from training.data import Batch
 
 
 def look(outcome: dict[str, Any], run: Path, console: Console | None = None) -> None:
     """Draws figures/recall.png and writes recall.jsonl in a run's folder.
 
-    A model of the recall task is asked its test questions by slice, and the same with twice the pairs, four times the
-    pairs and so on, as long as they fit; a model of text reads held-out passages twice.
+    A model of a probe is asked its test questions by slice, and where its task has them the same made harder step by
+    step (twice the pairs, four times the pairs ...); a model of text reads held-out passages twice.
     `outcome`: of training.run.train, with its `model` and `dataset`.
     """
     console = console or Console()
     model, dataset = outcome["model"], outcome["dataset"]
     (run / "figures").mkdir(exist_ok=True)
     rows = run / "recall.jsonl"
-    if isinstance(dataset, RecallDataset):
-        questions = itertools.chain.from_iterable(dataset.questions(s) for s in _and_harder(dataset.config.test))
-        scores = evaluate(_likeliest(model), questions, dataset.config.vocab)
+    if isinstance(dataset, ProbeData):
+        scores = evaluate(_likeliest(model), and_harder(dataset.config.test))
         console.print(table(scores))
-        rows.unlink(missing_ok=True)
-        append_json(scores, rows, run=run.name, step=outcome["step"])
+        where = {"run": run.name, "step": outcome["step"]}
+        rows.write_text("".join(json.dumps(where | score.json()) + "\n" for score in scores))
         picture, _ = recall_curve({run.name: scores}, run / "figures" / "recall")
     else:
         readings = read_twice(model, dataset)
@@ -51,21 +48,21 @@ def look(outcome: dict[str, Any], run: Path, console: Console | None = None) -> 
     console.print(f"written: {picture}, {rows}", highlight=False, soft_wrap=True)
 
 
-def _and_harder(segments: tuple[Segment, ...]) -> list[Segment]:
-    asked = {}
-    for segment in segments:
-        pairs = segment.pairs
-        while 4 * pairs <= segment.length:
-            asked[segment.length, pairs] = dataclasses.replace(segment, pairs=pairs)
-            pairs *= 2
-    return [asked[key] for key in sorted(asked)]
+def and_harder(parts: tuple[Part, ...]) -> list[Part]:
+    """Parts, each followed by its harder kin."""
+    asked: dict[str, Part] = {}
+    for part in parts:
+        task: Any = part.task
+        while task is not None:
+            asked.setdefault(task.name, dataclasses.replace(part, task=task))
+            task = task.harder()
+    return list(asked.values())
 
 
-def _likeliest(model: LanguageModel) -> Any:
-    """A batch of recall questions -> the likeliest word at every place."""
-
+def _likeliest(model: LanguageModel) -> Answer:
     @jax.jit
-    def answer(model: LanguageModel, ids: jax.Array, pos: jax.Array) -> jax.Array:
-        return jnp.argmax(model(Tokens(ids, pos)).y_BTD, -1)
+    def answer(model: LanguageModel, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scores = scored(model, batch, None)
+        return scores.best, scores.nll
 
-    return lambda batch: answer(model, *map(jnp.asarray, Batch(*batch)[:2]))
+    return lambda batch, _: answer(model, batch)

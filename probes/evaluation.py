@@ -1,78 +1,175 @@
-"""How well a model answers a probe: accuracy by slice, beside what guessing would give."""
+"""How well a model answers a task: over all, and by what is known of each question, beside what guessing gives."""
 
 import dataclasses
-import json
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from probes.tasks.task import Ints, Part, Task
 from training.data import NOT_ASKED, Batch
+
+# A batch, and the most labels that its rows have -> (likeliest word, nats of the label) at every place [B, T], or at
+# the labelled ones first, in their order [B, Q].
+Answer = Callable[[Batch, int], tuple[npt.ArrayLike, npt.ArrayLike]]
+TOKENS = 1 << 15  # read at once: rows of a batch are as many as that allows
+BINS = 8  # of what has many values
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Questions of which something is between `low` and `high`, both included."""
+
+    low: int
+    high: int
+    questions: int
+    accuracy: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One slice of a recall probe: the rows of one length that hold and ask one number of pairs.
+    """A part of a probe: rows of one law.
 
-    accuracy: mean over rows of the share of a row's questions answered right (Zoology's measure).
+    law: the law in words, with its version. slice: those of its fields that tell it from its fellows.
+    accuracy: mean over rows of the share of a row's labels said right (Zoology's measure).
     standard_error: of that mean; rows are independent, the questions of a row are not.
-    exact: share of rows with every question answered right.
-    chance: accuracy of a random value, 2 / vocabulary.
-    plateau: accuracy of answering with some value of the row, 1 / pairs.
+    balanced: mean over the words that are answers of the share said right (MAD's measure).
+    exact: share of answers whose every token is right; of rows with everything right, where answers are one token.
+    nats: mean negative log-likelihood of a label.
+    chance, plateau: accuracy without the row, and with something of the right kind from it (probes/tasks/task.py).
+    by: accuracy by pair, slot, distance, depth or distractors, where the law tells them.
     """
 
+    law: str
+    slice: dict[str, Any]
     length: int
-    pairs: int
     rows: int
+    questions: int
     accuracy: float
     standard_error: float
+    balanced: float
     exact: float
+    nats: float
     chance: float
-    plateau: float
+    plateau: float | None
+    by: dict[str, list[Bin]]
+
+    def json(self) -> dict[str, Any]:
+        """As JSON holds it: NaN is null."""
+        values = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
-def evaluate(predict: Callable[[Batch], npt.ArrayLike], batches: Iterable[Batch], vocab: int) -> list[Score]:
-    """Scores by (length, pairs), shortest first, then fewest pairs; both are read off the rows.
+def slices(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The fields in which laws differ, of each; the length where they differ in nothing."""
+    every = [dict(_said(part.task)) for part in parts]
+    names = [name for name in every[0] if len({str(said.get(name)) for said in every}) > 1]
+    # What follows from the others is left out, unless nothing else is left.
+    names = [name for name in names if name != "length" or "length" in _fields(parts[0].task)] or ["length"]
+    return [{name: said[name] for name in names if name in said} for said in every]
 
-    predict(batch): int ids, the likeliest word at every place [B, T], or at the labelled ones only [B, Q], in the order
-        of their places (a row with fewer than Q questions comes first with its own, the rest is ignored).
-    Rows that ask nothing are skipped (they fill up a last batch). ValueError if no row asks anything.
+
+def _fields(task: Task) -> set[str]:
+    return {field.name for field in dataclasses.fields(task)}  # type: ignore[arg-type]
+
+
+def _said(task: Task) -> Iterator[tuple[str, Any]]:
+    yield "length", task.length
+    for field in dataclasses.fields(task):  # type: ignore[arg-type]
+        if field.name != "length":
+            yield field.name, getattr(task, field.name)
+
+
+def evaluate(answer: Answer, parts: Sequence[Part], seed: int | None = None) -> list[Score]:
+    """Asks the test rows of each part, or those of a seed (to validate on)."""
+    return [_evaluate(answer, part, slice, seed) for part, slice in zip(parts, slices(parts), strict=True)]
+
+
+def _evaluate(answer: Answer, part: Part, slice: dict[str, Any], seed: int | None) -> Score:
+    task = part.task
+    seed = task.test_seed() if seed is None else seed
+    B = max(1, min(part.rows, TOKENS // task.length))
+    found: list[dict[str, npt.NDArray[Any]]] = []
+    for first in range(0, part.rows, B):
+        batch = task.batch(seed, np.arange(first, first + B), task.length, beyond=part.rows)
+        rows = task.rows(seed, np.arange(first, min(first + B, part.rows)))
+        best, nats = (
+            at_questions(np.asarray(x)[: len(rows.ids_NT)], rows.labels_NT) for x in answer(batch, task.asked)
+        )
+        label = at_questions(rows.labels_NT, rows.labels_NT)
+        right = best == label if "legal" not in rows.about else rows.about["legal"] >> best & 1 == 1
+        mine = {**rows.about, "label": label, "right": right & (label != NOT_ASKED), "nats": nats}
+        found.append({name: _columns(x, task.asked) for name, x in mine.items()})
+    about = {name: np.concatenate([batch[name] for batch in found]) for name in found[0] if name != "legal"}
+    label_NQ, right_NQ, nats_NQ = (about.pop(name) for name in ("label", "right", "nats"))
+    own_NQ = label_NQ >= 0
+    share_N = (right_NQ & own_NQ).sum(1) / own_NQ.sum(1)
+    answer_NQ = about.pop("answer", np.zeros(label_NQ.shape, np.int64))
+    return Score(
+        law=task.name,
+        slice=slice,
+        length=task.length,
+        rows=part.rows,
+        questions=int(own_NQ.sum()),
+        accuracy=float(share_N.mean()),
+        standard_error=float(share_N.std(ddof=1)) / math.sqrt(part.rows) if part.rows > 1 else math.nan,
+        balanced=_balanced(right_NQ[own_NQ], label_NQ[own_NQ]),
+        exact=_exact(right_NQ, own_NQ, answer_NQ),
+        nats=float(nats_NQ[own_NQ].mean()),
+        chance=task.chance,
+        plateau=task.plateau,
+        by={name: bins(values[own_NQ], right_NQ[own_NQ]) for name, values in about.items()},
+    )
+
+
+def _columns(x: npt.NDArray[Any], Q: int) -> npt.NDArray[Any]:
+    return np.pad(x, [(0, 0), (0, Q - x.shape[1])], constant_values=0 if x.dtype == bool else -1)
+
+
+def at_questions(x: npt.NDArray[Any], labels_NT: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+    """What stands at each row's labelled places, in their order, [N, Q]: Q the most labels of a row.
+
+    x: [N, T]; or [N, Q'], the labelled places first, as models read them (then it is cut to Q).
     """
-    slices: dict[tuple[int, int], list[float]] = {}
-    for batch in batches:
-        labels_BT = np.asarray(batch.labels_BT)
-        right_B = right(np.asarray(predict(batch)), labels_BT)
-        length_B = np.sum(np.asarray(batch.pos_BT) >= 0, 1)
-        pairs_B = np.sum(labels_BT != NOT_ASKED, 1)
-        for length, pairs, hits in zip(length_B.tolist(), pairs_B.tolist(), right_B.tolist(), strict=True):
-            if pairs:
-                slices.setdefault((length, pairs), []).append(hits / pairs)
-    if not slices:
-        raise ValueError("nothing to evaluate: no row of these batches asks a question")
-    return [_score(*key, np.array(slices[key]), vocab) for key in sorted(slices)]
+    asked_NT = labels_NT != NOT_ASKED
+    Q = int(asked_NT.sum(1).max())
+    if x.shape == labels_NT.shape:
+        order = np.argsort(~asked_NT, axis=1, kind="stable")[:, :Q]
+        return np.take_along_axis(x, order, 1)
+    if len(x) != len(labels_NT) or x.shape[1] < Q:
+        raise ValueError(f"answers are {x.shape}: {labels_NT.shape} labels ask for {Q} a row")
+    return x[:, :Q]
 
 
-def right(predicted: npt.NDArray[np.int32], labels_BT: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Questions answered right in each row, [B]; `predicted` as predict returns it."""
-    asked_BT = labels_BT != NOT_ASKED
-    if predicted.shape != labels_BT.shape:
-        B, Q = predicted.shape
-        if B != len(labels_BT) or np.max(np.sum(asked_BT, 1), initial=0) > Q:
-            raise ValueError(f"predictions are {predicted.shape}: {labels_BT.shape} labels ask for more")
-        place_BT = np.clip(np.cumsum(asked_BT, 1) - 1, 0, Q - 1)
-        predicted = np.take_along_axis(predicted, place_BT, 1)
-    return np.sum(asked_BT & (predicted == labels_BT), 1)
+def _balanced(right: npt.NDArray[np.bool_], label: Ints) -> float:
+    words, which = np.unique(label, return_inverse=True)
+    count = np.bincount(which, minlength=len(words))
+    return float(np.mean(np.bincount(which, right, minlength=len(words)) / count))
 
 
-def _score(length: int, pairs: int, shares: npt.NDArray[np.float64], vocab: int) -> Score:
-    rows = len(shares)
-    error = float(np.std(shares, ddof=1)) / math.sqrt(rows) if rows > 1 else math.nan
-    exact = float(np.mean(shares == 1.0))
-    return Score(length, pairs, rows, float(np.mean(shares)), error, exact, 2 / vocab, 1 / pairs)
+def _exact(right_NQ: npt.NDArray[np.bool_], own_NQ: npt.NDArray[np.bool_], answer_NQ: Ints) -> float:
+    each = np.arange(len(right_NQ))[:, None] * (answer_NQ.max() + 1) + answer_NQ
+    _, which = np.unique(each[own_NQ], return_inverse=True)
+    return float(np.mean(np.bincount(which, ~right_NQ[own_NQ]) == 0))
+
+
+def bins(values: Ints, right: npt.NDArray[np.bool_]) -> list[Bin]:
+    """Accuracy by value; where there are many, in bins that hold about as many questions each."""
+    known = np.unique(values)
+    if len(known) > 2 * BINS:
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1), method="lower")).astype(np.int64)
+        lows, highs = edges[:-1].tolist(), [*(edges[1:-1] - 1).tolist(), int(edges[-1])]
+    else:
+        lows = highs = known.tolist()
+    out = []
+    for low, high in zip(lows, highs, strict=True):
+        mine = right[(values >= low) & (values <= high)]
+        if len(mine):
+            out.append(Bin(low, high, len(mine), float(mine.mean())))
+    return out
 
 
 def mean_accuracy(scores: Sequence[Score]) -> float:
@@ -80,25 +177,25 @@ def mean_accuracy(scores: Sequence[Score]) -> float:
     return sum(s.accuracy for s in scores) / len(scores)
 
 
+def named(slice: dict[str, Any]) -> str:
+    """A slice in words."""
+    return ", ".join(f"{name} {value}" for name, value in slice.items())
+
+
 def table(scores: Sequence[Score], title: str = "Recall") -> Table:
     """A rich table, one line a slice."""
     out = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("length", "pairs", "rows", "accuracy", "± s.e.", "whole rows", "plateau 1/pairs", "chance 2/vocab"):
+    for name in (*scores[0].slice, "rows", "accuracy", "± s.e.", "exact", "nats", "plateau", "chance"):
         out.add_column(name, justify="right")
     for s in scores:
-        fair = "green" if s.accuracy >= 0.99 else "" if s.accuracy > s.plateau + 2 * s.standard_error else "red"
-        numbers = (s.accuracy, s.standard_error, s.exact, s.plateau, s.chance)
-        accuracy, *others = (f"{x:.4f}" for x in numbers)
-        out.add_row(str(s.length), str(s.pairs), str(s.rows), f"[{fair}]{accuracy}[/]" if fair else accuracy, *others)
+        bar = s.chance if s.plateau is None else s.plateau
+        fair = "green" if s.accuracy >= 0.99 else "" if s.accuracy > bar + 2 * s.standard_error else "red"
+        plateau = "" if s.plateau is None else f"{s.plateau:.4f}"
+        accuracy = f"[{fair}]{s.accuracy:.4f}[/]" if fair else f"{s.accuracy:.4f}"
+        numbers = (f"{s.standard_error:.4f}", f"{s.exact:.4f}", f"{s.nats:.3f}", plateau, f"{s.chance:.4f}")
+        out.add_row(*map(str, s.slice.values()), str(s.rows), accuracy, *numbers)
     if len(scores) > 1:
         out.add_section()
-        out.add_row("all", "", str(sum(s.rows for s in scores)), f"{mean_accuracy(scores):.4f}", "", "", "", "")
+        blank = [""] * (len(scores[0].slice) - 1)
+        out.add_row("all", *blank, str(sum(s.rows for s in scores)), f"{mean_accuracy(scores):.4f}", *[""] * 5)
     return out
-
-
-def append_json(scores: Sequence[Score], path: str | pathlib.Path, **context: Any) -> None:
-    """Adds a line of JSON a slice to the file: `context` (run, seed, step, state bytes ...), then the score."""
-    with open(path, "a", encoding="utf-8") as file:
-        for score in scores:
-            values = {k: None if v != v else v for k, v in dataclasses.asdict(score).items()}  # JSON has no NaN
-            file.write(json.dumps({**context, **values}) + "\n")

@@ -50,31 +50,35 @@ STYLE: Any = {
 def recall_curve(
     models: Mapping[str, Sequence[Score]], path: str | pathlib.Path, title: str = "Recall"
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """Accuracy by (length, pairs) of one model or several, with standard errors, the 1/pairs plateau and chance.
+    """Accuracy by slice of one model or several, with standard errors, the plateau of guesses and chance.
 
     Writes path.png and path.svg (a suffix of `path` is dropped) and returns both. A model may lack some slices.
     """
-    slices = sorted({(s.length, s.pairs): s for scores in models.values() for s in scores}.items())
-    place = {key: x for x, (key, _) in enumerate(slices)}
+    slices = {_key(s): s for scores in models.values() for s in scores}
+    place = {key: x for x, key in enumerate(slices)}
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(title, 2.9 + 0.75 * max(3, len(slices)))
         ends = []
         for number, (name, scores) in enumerate(models.items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            xs, ys = [place[s.length, s.pairs] for s in scores], [s.accuracy for s in scores]
+            xs, ys = [place[_key(s)] for s in scores], [s.accuracy for s in scores]
             axes.errorbar(
                 xs, ys, [np.nan_to_num(s.standard_error) for s in scores], color=colour, marker=marker,
                 markeredgecolor="white", capsize=2, elinewidth=1, clip_on=False, zorder=3,
             )  # fmt: skip
             ends.append((max(zip(xs, ys, strict=True)), name, colour))
-        for x, (_, s) in enumerate(slices):
-            _guide(axes, s.plateau, s.chance, (x - 0.3, x + 0.3))
+        for x, s in enumerate(slices.values()):
+            _guide(axes, s.plateau or s.chance, s.chance, (x - 0.3, x + 0.3))
         _name_guides(axes)
         _name_ends(axes, ends)
-        axes.set_xticks(range(len(slices)), [f"{pairs}\n{length:,}" for length, pairs in place])
+        axes.set_xticks(range(len(slices)), ["\n".join(map(str, reversed(key))) for key in place])
         axes.set_xlim(-0.35, len(slices) - 0.65)
-        axes.set_xlabel("pairs in the row, over the row's length in tokens")
+        axes.set_xlabel(" over ".join(reversed(next(iter(slices.values())).slice)))
         return _save(figure, path)
+
+
+def _key(score: Score) -> tuple[Any, ...]:
+    return tuple(score.slice.values())
 
 
 def learning_curve(
@@ -155,7 +159,7 @@ def _canvas(title: str, width: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-GUIDES = {"some value of the row (1/pairs)": (0, (4, 2)), "chance (2/words)": (0, (1, 1.5))}
+GUIDES = {"some answer of the row's kind": (0, (4, 2)), "chance": (0, (1, 1.5))}
 
 
 def _guide(axes: Axes, plateau: float, chance: float, span: tuple[float, float]) -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from layers.layer import Tokens
 from models.lm import LM, LanguageModel
-from models.loss import score_tokens
+from models.loss import Scores, score_tokens
 from models.parameters import Params, Structure, flatten
+from probes.evaluation import Answer
 from training.data import Batch, Dataset
 from training.experiment import AdamW, Experiment, Muon, Train
 from training.optimizer import build_optimizer
@@ -35,6 +36,7 @@ class SmallRun:
         step = train_step(self.experiment, self.structure, self.optimizer, data.token_bytes, data.labelled)
         self._step = jax.jit(step, donate_argnums=0)
         self._asked = jax.jit(self._score, static_argnames="skip")
+        self._said = jax.jit(self._say, static_argnames=("labelled", "skip"))
 
     def train(self, seed: int, every: int) -> Iterator[tuple[int, Params, float]]:
         """(steps done, parameters, loss of the last step) after every so many steps."""
@@ -47,16 +49,31 @@ class SmallRun:
 
     def _score(self, params: Params, batch: Batch, skip: tuple[str, ...]) -> tuple[Any, Any]:
         model: LanguageModel = self.structure.module(params)
-        tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
-        ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
-        scores, _ = score_tokens(model, tokens, jnp.asarray(batch.labels_BT), skip=skip, prefix_BT=ahead)
+        scores = scored(model, batch, None, skip)
         return jnp.sum(scores.correct), jnp.sum(scores.asked)
+
+    def answers(self, params: Params, skip: tuple[str, ...] = ()) -> Answer:
+        """How these parameters answer, without the layers of `skip`."""
+        return lambda batch, labelled: self._said(params, batch, labelled=labelled, skip=skip)
+
+    def _say(self, params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
+        model: LanguageModel = self.structure.module(params)
+        scores = scored(model, batch, labelled, skip)
+        return scores.best, scores.nll
 
     def accuracy(self, params: Params, skip: tuple[str, ...] = (), batches: Iterable[Batch] | None = None) -> float:
         """Share of the held-out questions (or those of `batches`) answered right, without the layers of `skip`."""
         asked = self.data.held_out() if batches is None else batches
         counts = np.sum([jax.device_get(self._asked(params, batch, skip=skip)) for batch in asked], 0)
         return float(counts[0] / counts[1])
+
+
+def scored(model: LanguageModel, batch: Batch, labelled: int | None, skip: tuple[str, ...] = ()) -> Scores:
+    """Of all places, or of the labelled ones alone."""
+    tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
+    ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
+    labels_BT = jnp.asarray(batch.labels_BT)
+    return score_tokens(model, tokens, labels_BT, labelled=labelled, skip=skip, prefix_BT=ahead)[0]
 
 
 class Ledger:

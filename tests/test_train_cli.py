@@ -60,7 +60,7 @@ def test_help_of_a_config_says_what_every_field_is(capsys):
 
 def parsed(*arguments: str) -> Experiment:
     experiment = settings.load(settings.locate("quickstart"))
-    return parse(experiment, arguments, program="train.py", run=Path("runs/quickstart")).experiment
+    return parse(Options(experiment, Path("runs/quickstart")), arguments, program="train.py").experiment
 
 
 def test_flags_change_their_field_and_no_other():
@@ -87,7 +87,7 @@ def test_flags_change_their_field_and_no_other():
 def test_the_chosen_optimizer_keeps_its_flags():
     assert isinstance(parsed().optimizer, Muon)
     tiny_one = dataclasses.replace(parsed(), optimizer=AdamW())
-    options = parse(tiny_one, ["--optimizer.eps", "1e-6", "--run", "x"], program="train.py", run=Path("runs/a"))
+    options = parse(Options(tiny_one, Path("runs/a")), ["--optimizer.eps", "1e-6", "--run", "x"], program="train.py")
     assert options == Options(dataclasses.replace(tiny_one, optimizer=AdamW(eps=1e-6)), Path("x"))
 
 

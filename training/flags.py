@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -35,18 +35,20 @@ class Options:
     dry_run: bool = False
 
 
-def parse(experiment: Any, arguments: Sequence[str], *, program: str, run: Path) -> Options:
-    """`experiment` with the fields that the flags change. --help prints and raises SystemExit(0).
+Asked = TypeVar("Asked")
+
+
+def parse(default: Asked, arguments: Sequence[str], *, program: str) -> Asked:
+    """A dataclass of options with the fields that the flags change. --help prints and raises SystemExit(0).
 
     Raises ConfigError, in one line, for a flag that no field has (with those that are near), for a value of the wrong
     type, and for what a config refuses.
     """
-    default = Options(experiment, run)
     _refuse_unknown([argument for argument in arguments if argument.startswith("--")], default, program)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Options, args=arguments, prog=program, default=default, registry=_REGISTRY)
+            return tyro.cli(type(default), args=arguments, prog=program, default=default, registry=_REGISTRY)
     except SystemExit as exit:
         if not exit.code:
             raise
@@ -126,7 +128,7 @@ def flags(config: Any, path: str = "") -> Iterator[str]:
             yield f"{before}{dot}no_{last}"
 
 
-def _refuse_unknown(given: list[str], default: Options, program: str) -> None:
+def _refuse_unknown(given: list[str], default: Any, program: str) -> None:
     known = {*flags(default), "help"}
     for flag in given:
         name = flag[2:].split("=")[0].replace("-", "_")

@@ -129,5 +129,6 @@ trials = {
         ),
         steps=800,
         blocks=2,
+        about="Set disjointness, the row read twice before the question (JRT-prompt).",
     ),
 }

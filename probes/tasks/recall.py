@@ -189,5 +189,8 @@ trials = {
     ),
     "mqar@smoke": Trial(_small(dataclasses.replace(_LAW, length=32), rows=128), steps=100),
     "mqar@based": Trial(BASED, steps=32 * 707, lr=3e-3),
-    "passes": Trial(_small(dataclasses.replace(_LAW, pairs=8, passes=2), dataclasses.replace(_LAW, pairs=8))),
+    "passes": Trial(
+        _small(dataclasses.replace(_LAW, pairs=8, passes=2), dataclasses.replace(_LAW, pairs=8)),
+        about="MQAR whose pairs are said twice before they are asked for.",
+    ),
 } | {f"mqar@zoology{n}": Trial(probe, steps=64 * 196) for n, probe in enumerate(figure2_of_zoology(), 1)}

@@ -58,6 +58,7 @@ class Task:
     plateau: share right of one that answers with something of the right kind that the row says; None where that is no
         guess of its own.
     region: tokens at a row's start that may be read ahead (JRT); 0 for none.
+    bottleneck: all is to be said from what the model knows at the row's end (probes/bottleneck.py).
     """
 
     version: ClassVar[int] = 1
@@ -86,8 +87,16 @@ class Task:
     def region(self) -> int:
         return 0
 
+    @property
+    def bottleneck(self) -> bool:
+        return False
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         raise NotImplementedError
+
+    def harder(self) -> "Task | None":
+        """The same law with more to remember, in rows of the same length; None where there is none."""
+        return None
 
     @functools.cached_property
     def name(self) -> str:
@@ -262,7 +271,7 @@ class Trial:
     data: what it is trained on and asked. steps, lr: of training. D: width of the model. blocks: how often it has the
     layer under test. conv: a gated short convolution stands before each (Zoology's architecture), which a layer without
     one of its own needs to see two tokens at once. mlp: an MLP stands behind each. goal: of the accuracy, at which the
-    steps to it are counted.
+    steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty.
     """
 
     data: Probe
@@ -273,6 +282,7 @@ class Trial:
     conv: bool = True
     mlp: bool = False
     goal: float = 0.99
+    about: str = ""
 
 
 def discover() -> dict[str, Trial]:

@@ -1,0 +1,155 @@
+"""Pictures that compare models however many there are: numbers in cells, and accuracy beside bytes of state.
+
+Each is drawn for a light page and for a dark one (NAME-dark), as PNG and as SVG.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from probes.figures import COLOURS, FAINT, MARKERS, STYLE
+
+DARK: Any = {
+    "text.color": "#e6e6e6",
+    "axes.labelcolor": "#e6e6e6",
+    "axes.edgecolor": "#9a9a9a",
+    "axes.facecolor": "#0d1117",
+    "figure.facecolor": "#0d1117",
+    "savefig.facecolor": "#0d1117",
+    "xtick.color": "#e6e6e6",
+    "ytick.color": "#e6e6e6",
+    "grid.color": "#30363d",
+}
+Draw = Callable[[bool], Figure]  # dark -> the picture
+
+
+def both(draw: Draw, path: Path) -> None:
+    """PATH.png, PATH.svg, PATH-dark.png, PATH-dark.svg."""
+    for dark, name in ((False, path.name), (True, f"{path.name}-dark")):
+        with _style(dark):
+            figure = draw(dark)
+            figure.savefig(path.with_name(f"{name}.png"), dpi=110)
+            figure.savefig(path.with_name(f"{name}.svg"), metadata={"Date": None})
+
+
+@contextmanager
+def _style(dark: bool) -> Iterator[None]:
+    with matplotlib.rc_context({**STYLE, **(DARK if dark else {}), "axes.titlepad": 10}):
+        yield
+
+
+def picture(name: str, alt: str) -> str:
+    """Markdown that shows a picture in the page's own mood."""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.png">'
+        f'<img alt="{alt}" src="{name}.png"></picture>'
+    )
+
+
+def matrix(
+    title: str,
+    panels: Mapping[str, Sequence[str]],
+    values: Mapping[str, Mapping[str, Sequence[float | None]]],
+    guides: Mapping[str, Sequence[float | None]] | None = None,
+) -> Draw:
+    """A picture of accuracies in cells: `values` by model and panel, a number for each column that `panels` names.
+
+    guides: by panel, what guessing reaches, as a last row. A cell without a number was not asked.
+    """
+    models = list(values)
+    names = [*models, "guessing"] if guides else models
+
+    def draw(dark: bool) -> Figure:
+        widths = [max(1, len(columns)) for columns in panels.values()]
+        longest = max((len(c) for columns in panels.values() for c in columns), default=1)
+        cell = 0.56
+        figure = Figure(
+            figsize=(2.2 + cell * sum(widths) + 0.25 * len(panels), 1.1 + 0.09 * longest + 0.27 * len(names)),
+            layout="constrained",
+        )
+        grid = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+        colours = matplotlib.colormaps["cividis"]
+        for number, (axes, (panel, columns)) in enumerate(zip(grid, panels.items(), strict=True)):
+            rows = [list(values[model][panel]) for model in models] + ([list(guides[panel])] if guides else [])
+            table = np.array([[math.nan if x is None else x for x in row] for row in rows], float)
+            axes.imshow(table, cmap=colours, vmin=0, vmax=1, aspect="auto")
+            for (r, c), x in np.ndenumerate(table):
+                if not math.isnan(x):
+                    shade = "#000000" if x > 0.55 else "#ffffff"
+                    axes.text(c, r, _short(x), ha="center", va="center", fontsize=7.5, color=shade)
+            axes.set_xticks(range(len(columns)), columns, rotation=90 if longest > 5 else 0, fontsize=7.5)
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=8)
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.set_xlabel(panel, fontsize=8.5)
+            for side in axes.spines.values():
+                side.set_visible(False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return figure
+
+    return draw
+
+
+def _short(x: float) -> str:
+    """Two digits, and 1 only for all: .99 is not everything."""
+    return "1" if x == 1 else f"{min(x, 0.994):.2f}"[1:] if x < 1 else f"{x:.2f}"
+
+
+def frontier(title: str, points: Mapping[str, tuple[float, Sequence[float]]], chance: float) -> Draw:
+    """Accuracy beside bytes of state: by model its bytes, and the accuracy of each seed."""
+
+    def draw(dark: bool) -> Figure:
+        figure = Figure(figsize=(7.4, 4.4), layout="constrained")
+        axes: Axes = figure.add_subplot()
+        at = sorted((size, float(np.mean(hits)), name) for name, (size, hits) in points.items())
+        for number, (size, mean, name) in enumerate(at):
+            hits = points[name][1]
+            colour = COLOURS[number % (len(COLOURS) - 1)]
+            low, high = mean - min(hits), max(hits) - mean
+            axes.errorbar(
+                [size], [mean], [[low], [high]], color=colour, marker=MARKERS[number % len(MARKERS)], capsize=2, ms=6
+            )
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1.03)
+        axes.axhline(chance, ls=":", lw=1, color=FAINT)
+        axes.set_xlabel("bytes of state, one sequence (dotted: chance)")
+        axes.set_ylabel("accuracy")
+        _labels(axes, at)
+        axes.set_title(title)
+        return figure
+
+    return draw
+
+
+def _labels(axes: Axes, at: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside points: right of them, or moved up and down where two would touch."""
+    taken: list[tuple[float, float]] = []
+    low, high = np.log10(min(x for x, *_ in at)), np.log10(max(x for x, *_ in at))
+    span = max(high - low, 0.5)
+    axes.set_xlim(10 ** (low - 0.06 * span), 10 ** (high + 0.32 * span))
+    for size, mean, name in at:
+        x = (np.log10(size) - low) / span
+        y = mean
+        while any(abs(x - a) < 0.26 and abs(y - b) < 0.042 for a, b in taken):
+            y -= 0.042
+        taken.append((x, y))
+        axes.annotate(
+            name, (size, mean), xytext=(10 ** (np.log10(size) + 0.02 * span), y), textcoords="data", fontsize=7.5,
+            va="center", arrowprops=None if abs(y - mean) < 0.02 else {"arrowstyle": "-", "lw": 0.5, "color": FAINT},
+        )  # fmt: skip
+
+
+def cells(mean: Sequence[Any]) -> list[float | None]:
+    """Means over seeds of lists of numbers; None where no seed has one."""
+    out: list[float | None] = []
+    for column in zip(*mean, strict=True):
+        known = [x for x in column if x is not None]
+        out.append(float(np.mean(known)) if known else None)
+    return out
