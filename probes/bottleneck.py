@@ -55,6 +55,6 @@ class BottleneckModel(LanguageModel):
 
 def sincos(place_BN: Array, D: int) -> Array:
     """Sines and cosines of places, [B, N, D] (Vaswani et al. 2017, section 3.5)."""
-    rate = 10_000.0 ** (-jnp.arange(0, D, 2) / D)
-    angle = place_BN[..., None] * rate
+    rate = 10_000.0 ** (-jnp.arange(0, D, 2, dtype=jnp.float32) / D)
+    angle = jnp.einsum("BN,D->BND", place_BN.astype(jnp.float32), rate)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[..., :D]
