@@ -6,6 +6,10 @@
 
 The addresses need no more than the ids: the rows could be fetched before the model runs. The convolution has taps N
 apart and starts as zeros. The paper prints σ(s); its public demo takes the root, which keeps σ out of saturation.
+
+Of G residual streams each asks and filters for itself, of one table and one W_V (section 2.4, eq. 6):
+
+    s_g = <RMSNorm_g(x_tg), RMSNorm_g(W_Kg e_t)> / sqrt(D)        v_g = α_g W_V e_t
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from jax import Array
 
 from layers import hashes
 from layers.conv import ShortConv
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
 from layers.norm import RMSNorm
 from layers.ops.precision import wide
 from layers.ops.tables import asked, lookup
@@ -33,6 +37,9 @@ class Engram(LayerConfig):
 
     N: longest n-gram. H: hashes of each order. K: width of a row. rows: at least so many for each order and hash (one
         number, or one for each order); the primes from there on are taken.
+    streams: residual streams that lie side by side in the input and the output, each as wide as the model; the model's
+        (LM.streams), or 1 for an ordinary layer, which in a model of several reads a mix of them (the paper's ablation
+        of section 6.2).
     gate: "signed_sqrt" or "plain". conv: taps of the convolution; 0: none, which is cheaper to decode.
     identity: W_V starts at zero, and so does the layer's output.
     pad: the id that stands before a document's first token. seed: of the multipliers.
@@ -51,6 +58,7 @@ class Engram(LayerConfig):
     H: int = 8
     K: int = 16
     rows: int | tuple[int, ...] = 1 << 14
+    streams: int = 1
     gate: Literal["signed_sqrt", "plain"] = "signed_sqrt"
     conv: int = 4
     identity: bool = False
@@ -62,6 +70,7 @@ class Engram(LayerConfig):
     def __post_init__(self):
         one_of(self)
         hashes.check(self)
+        positive(self, "streams")
         if self.conv < 0 or self.conv == 1:
             raise ValueError(f"Engram.conv is {self.conv}: it must be 0 (no convolution) or at least 2")
         if self.layer not in self.layers or len(set(self.layers)) < len(self.layers):
@@ -81,6 +90,7 @@ class Engram(LayerConfig):
         return (
             cls(W=50, H=2, K=4, rows=50),
             cls(W=50, N=4, H=1, K=6, rows=(30, 40, 50), gate="plain", conv=0, layer=3, layers=(1, 3), pad=2),
+            cls(W=50, N=2, H=2, K=6, rows=50, streams=4),
         )
 
 
@@ -93,15 +103,20 @@ class EngramState(NamedTuple):
 
 class EngramLayer(Layer):
     def __init__(self, config: Engram, D: int, *, rngs: nnx.Rngs):
-        c, self.config = config, config
+        c, self.config, G = config, config, config.streams
+        if D % G:
+            fit = ", ".join(str(n) for n in range(1, D + 1) if D % n == 0)
+            raise ValueError(
+                f"Engram.streams is {G}, which does not divide the width that it reads, {D}: use one of {fit}"
+            )
         known = c.hashes()
         F = len(known.pairs) * c.K
         table_WK = jax.random.normal(rngs.params(), [known.rows, c.K], jnp.float32) * F**-0.5
         self.table = nnx.Param(table_WK, axes="WK", decay=False, table=True)
         self.key = Einsum("BTF,FD->BTD", F=F, D=D, rngs=rngs)
-        self.value = Einsum("BTF,FD->BTD", F=F, D=D, scale=0.0 if c.identity else 1.0, residual=True, rngs=rngs)
-        self.query_norm, self.key_norm = RMSNorm(D), RMSNorm(D)
-        self.norm = RMSNorm(D) if c.conv else None
+        self.value = Einsum("BTF,FD->BTD", F=F, D=D // G, scale=0.0 if c.identity else 1.0, residual=True, rngs=rngs)
+        self.query_norm, self.key_norm = RMSNorm(D, parts=G), RMSNorm(D, parts=G)
+        self.norm = RMSNorm(D, parts=G) if c.conv else None
         self.conv = ShortConv("D", D=D, taps=c.conv, dilation=c.N, zeros=True, rngs=rngs) if c.conv else None
 
     def init_state(self, B: int, T: int) -> EngramState:
@@ -132,12 +147,13 @@ class EngramLayer(Layer):
         return e.reshape(*e.shape[:2], -1)
 
     def fuse(self, x_BTD: Array, e_BTF: Array) -> tuple[Array, Array]:
-        """(what is looked up as far as it fits the context, the gate's mean)."""
-        dtype, e = wide(x_BTD), e_BTF.astype(x_BTD.dtype)
+        """(what is looked up as far as it fits the context, the gates' mean). x_BTD: all streams, side by side."""
+        dtype, e, G = wide(x_BTD), e_BTF.astype(x_BTD.dtype), self.config.streams
         query, key = self.query_norm(x_BTD.astype(dtype)), self.key_norm(self.key(e).astype(dtype))
-        s_BT1 = jnp.sum(query * key, -1, keepdims=True) / math.sqrt(x_BTD.shape[-1])
+        fit_BTGD = (query * key).reshape(*x_BTD.shape[:2], G, -1)
+        s_BTG1 = jnp.sum(fit_BTGD, -1, keepdims=True) / math.sqrt(fit_BTGD.shape[-1])
         if self.config.gate == "signed_sqrt":
-            s_BT1 = jnp.sign(s_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(s_BT1), LEAST))
-        gate_BT1 = jax.nn.sigmoid(s_BT1)
-        v_BTD = (gate_BT1 * self.value(e).astype(dtype)).astype(x_BTD.dtype)
-        return v_BTD, jnp.mean(gate_BT1).astype(jnp.float32)
+            s_BTG1 = jnp.sign(s_BTG1) * jnp.sqrt(jnp.maximum(jnp.abs(s_BTG1), LEAST))
+        gate_BTG1 = jax.nn.sigmoid(s_BTG1)
+        v_BTGD = (gate_BTG1 * self.value(e).astype(dtype)[:, :, None]).astype(x_BTD.dtype)
+        return v_BTGD.reshape(x_BTD.shape), jnp.mean(gate_BTG1).astype(jnp.float32)

@@ -1,7 +1,8 @@
 """The contract every layer keeps, and the alphabet it is written in.
 
-    B batch · T time · D width · H heads · G key/value head groups · K key · V value · F hidden · W words
-    N chunks · C chunk · J taps of a convolution · M memories · S slots · R low rank · L layers
+    B batch · T time · D width · H heads · G key/value head groups, residual streams · K key · V value · F hidden
+    W words · N chunks · C chunk · J taps of a convolution · M memories · S slots · R low rank · L layers
+    P paths between residual streams
 
 One letter, one meaning: in names (`x_BTD`), in einsums, in fan-in and initialisers, in the axes that each Param
 carries and so in the rules of the mesh (training/layout.py).

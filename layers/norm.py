@@ -26,17 +26,27 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned weight over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
     `axes` is the letter of that axis: "D" on the residual stream, "K" or "V" per head (the weight shared by the heads).
+    parts: the axis is so many vectors side by side, each normed by itself (residual streams).
     Given a gate, the norm is multiplied by activation(gate): the norm comes first (RetNet, GLA, Gated DeltaNet, KDA).
     """
 
     def __init__(
-        self, D: int, *, axes: str = "D", eps: float = 1e-6, activation: Callable[[Array], Array] = jax.nn.silu
+        self,
+        D: int,
+        *,
+        axes: str = "D",
+        eps: float = 1e-6,
+        parts: int = 1,
+        activation: Callable[[Array], Array] = jax.nn.silu,
     ):
-        self.eps, self.activation = eps, activation
+        self.eps, self.parts, self.activation = eps, parts, activation
         self.w = nnx.Param(jnp.ones([D], jnp.float32), axes=axes, decay=False)
 
     def __call__(self, x: Array, gate: Array | None = None) -> Array:
-        y = rms_norm(x, self.eps)
+        if self.parts == 1:
+            y = rms_norm(x, self.eps)
+        else:
+            y = rms_norm(x.reshape(*x.shape[:-1], self.parts, -1), self.eps).reshape(x.shape)
         y = y * self.w[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if gate is not None:
             y = y * self.activation(gate.astype(y.dtype))
