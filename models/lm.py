@@ -2,12 +2,16 @@
 
     x = embed(ids) ;  for each layer: x = x + layer(norm(x)) ;  logits = head(norm(x))
 
+Of several residual streams each begins as the embedding, hyper-connections stand for the sum, and the last norm reads
+the streams' sum (models/streams.py).
+
 Layers come as stages: a pattern of layers that repeats. The parameters of a stage's repeats are stacked (leading axis
 L), whether its repeats are run by a scan (compile time flat in depth) or one after another (faster steps on CPU). A
 parameter that says so (`shared=True`) is held once, without that axis, and read by all repeats of its stage.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from layers.layer import LayerConfig, Out, Tokens, positive, take
+from layers.layer import LayerConfig, Out, Tokens, one_of, positive, take
 from layers.norm import RMSNorm
+from layers.ops.precision import wide
 from layers.ops.tables import put_back, set_aside
 from models.over_encoding import OverEncoding
 from models.parameters import is_variable
+from models.streams import Hyper, HyperConnection, write
 
 State = tuple[Any, ...]  # by stage, repeat, layer of the pattern; then that of the embedding, where it has n-grams
 
@@ -51,6 +57,9 @@ class LM:
     dtype: of activations and of matrix operands; parameters are float32.
     softcap: logits become softcap * tanh(logits / softcap).
     ngrams: embed the n-grams that end in a word together with the word; None for words alone.
+    streams: residual streams. Layers read a mix of them and write to all; one whose own `streams` says as many reads
+        and writes them side by side, added as they are (Engram).
+    hyper: how layers and several streams are connected: "mhc", the mixing doubly stochastic, or "hc", free.
     """
 
     W: int
@@ -64,15 +73,23 @@ class LM:
     dtype: Literal["float32", "bfloat16"] = "float32"
     softcap: float | None = None
     ngrams: OverEncoding | None = None
+    streams: int = 1
+    hyper: Hyper = "mhc"
 
     def __post_init__(self):
-        positive(self, "W", "D")
+        one_of(self)
+        positive(self, "W", "D", "streams")
         if not self.stages:
             raise ValueError("LM.stages is empty: give it at least one Stage")
         for layer in (self.ngrams, *(layer for stage in self.stages for layer in stage.pattern)):
             words = getattr(layer, "W", self.W)
             if words != self.W:
                 raise ValueError(f"{type(layer).__name__}.W is {words}: it must be the model's, LM.W = {self.W}")
+            if (G := _streams(layer)) not in (1, self.streams):
+                name = f"{type(layer).__name__}.streams"
+                raise ValueError(
+                    f"{name} is {G}: it must be the model's, LM.streams = {self.streams}, or 1 to read a mix"
+                )
 
     @property
     def depth(self) -> int:
@@ -82,34 +99,49 @@ class LM:
         return LanguageModel(self, rngs=rngs)
 
 
-class Block(nnx.Module):
-    """One repeat of a pattern."""
+def _streams(layer: Any) -> int:
+    """How many residual streams a layer's config asks for."""
+    return getattr(layer, "streams", 1)
 
-    def __init__(self, pattern: tuple[LayerConfig, ...], D: int, eps: float, *, rngs: nnx.Rngs):
-        self.norms = nnx.List([RMSNorm(D, eps=eps) for _ in pattern])
-        self.layers = nnx.List([config.build(D, rngs=rngs) for config in pattern])
+
+class Block(nnx.Module):
+    """One repeat of a pattern, whose first layer is the k-th of its model.
+
+    connections: of each layer to the streams, where there are several; a layer that reads them all has none.
+    """
+
+    def __init__(self, pattern: tuple[LayerConfig, ...], config: LM, k: int | Array, *, rngs: nnx.Rngs):
+        G, D, eps = config.streams, config.D, config.norm_eps
+        widths = [_streams(layer) for layer in pattern]
+        self.norms = nnx.List([RMSNorm(D * g, eps=eps, parts=g) for g in widths])
+        self.layers = nnx.List([layer.build(D * g, rngs=rngs) for layer, g in zip(pattern, widths, strict=True)])
+        mixed = [i for i, g in enumerate(widths) if g < G]
+        self.connections = nnx.Dict({str(i): HyperConnection(G, D, k + i, config.hyper, eps=eps) for i in mixed})
 
     def __call__(
         self,
-        x_BTD: Array,
+        x: Array,
         tokens: Tokens,
         states: Any,
         keep: Array | None,
         at_BN: Array | None = None,
         prefix_BT: Array | None = None,
     ):
-        """With `at_BN` (and no states) only those places come out: from the last layer on that mixes them.
+        """x: the stream [B, T, D], or several [B, T, G, D].
 
+        With `at_BN` (and no states) only those places come out: from the last layer on that mixes them.
         prefix_BT: the region that layers with an encoder read ahead.
         """
         last = max((i for i, layer in enumerate(self.layers) if not layer.pointwise), default=-1)
         if at_BN is not None and last < 0:
-            x_BTD, tokens = _at(at_BN, x_BTD, tokens)
+            x, tokens = _at(at_BN, x, tokens)
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
             state = None if states is None else states[i]
             asked = at_BN if i == last else None
+            mixed = str(i) in self.connections
+            x_BTD, paths = self.connections[str(i)](x) if mixed else (x.reshape(*x.shape[:2], -1), None)
             if prefix_BT is not None and not layer.pointwise:
                 out = layer.prefixed(norm(x_BTD), tokens, prefix_BT, state)
                 out = out if asked is None else out._replace(y_BTD=take(out.y_BTD, asked))
@@ -118,37 +150,42 @@ class Block(nnx.Module):
             else:
                 out = layer(norm(x_BTD), tokens, state)
             if asked is not None:
-                x_BTD, tokens = _at(asked, x_BTD, tokens)
+                x, tokens = _at(asked, x, tokens)
+                paths = None if paths is None else paths.at(asked)
             y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
-            x_BTD = x_BTD + y_BTD
+            x = x + y_BTD.reshape(x.shape) if paths is None else write(x, y_BTD, paths)
             after.append(out.state)
             aux |= {f"{i}/{name}": value for name, value in out.aux.items()}
-        return x_BTD, None if states is None else tuple(after), aux
+        return x, None if states is None else tuple(after), aux
 
 
-def _at(at_BN: Array, x_BTD: Array, tokens: Tokens) -> tuple[Array, Tokens]:
-    return take(x_BTD, at_BN), Tokens(*(take(a, at_BN) for a in tokens))
+def _at(at_BN: Array, x: Array, tokens: Tokens) -> tuple[Array, Tokens]:
+    return take(x, at_BN), Tokens(*(take(a, at_BN) for a in tokens))
 
 
 class LanguageModel(nnx.Module):
     def __init__(self, config: LM, *, rngs: nnx.Rngs):
         self.config, W, D = config, config.W, config.D
         self.embed = nnx.Param(jax.random.normal(rngs.params(), [W, D], jnp.float32) * D**-0.5, axes="WD")
-        self.stages: Any = nnx.List([self._stage(stage, rngs) for stage in config.stages])
+        before = itertools.accumulate((len(stage.pattern) * stage.repeats for stage in config.stages[:-1]), initial=0)
+        stages = zip(config.stages, before, strict=True)
+        self.stages: Any = nnx.List([self._stage(stage, k, rngs) for stage, k in stages])
         self.norm = RMSNorm(D, eps=config.norm_eps)
         self.ngrams = None if config.ngrams is None else config.ngrams.build(D, rngs=rngs)
         self.head = None if config.tied else nnx.Param(jnp.zeros([W, D], jnp.float32), axes="WD")
 
-    def _stage(self, stage: Stage, rngs: nnx.Rngs) -> Block:
+    def _stage(self, stage: Stage, k: int, rngs: nnx.Rngs) -> Block:
+        """k: layers before it."""
         config = self.config
 
-        def build(key: Array) -> Block:
-            return Block(stage.pattern, config.D, config.norm_eps, rngs=nnx.Rngs(params=key))
+        def build(key: Array, k: Array) -> Block:
+            return Block(stage.pattern, config, k, rngs=nnx.Rngs(params=key))
 
         keys = jax.random.split(rngs.params(), stage.repeats)
-        block = jax.vmap(build)(keys)
+        ks = k + jnp.arange(stage.repeats) * len(stage.pattern)
+        block = jax.vmap(build)(keys, ks)
         if any(_is_shared(variable) for variable in _variables(block)):
-            for held, first in zip(_variables(block), _variables(build(keys[0])), strict=True):
+            for held, first in zip(_variables(block), _variables(build(keys[0], ks[0])), strict=True):
                 if _is_shared(held):
                     held.set_value(first[...])
         scale = config.depth**-0.5 if config.residual_scale == "depth" else config.residual_scale
@@ -207,21 +244,26 @@ class LanguageModel(nnx.Module):
             out = self.ngrams(x_BTD, tokens, None if state is None else state[-1])
             x_BTD, seen = out.y_BTD, (out.state,)
             aux |= {f"ngrams/{name}": value for name, value in out.aux.items()}
+        x = x_BTD
+        if config.streams > 1:
+            x = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], config.streams, config.D))
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
             keep = _kept(stage, s, skip)
             ends = s == len(config.stages) - 1
             asked = at_BN if ends else None
-            x_BTD, states, said = self._run(stage, blocks, x_BTD, tokens, states, keep, asked, prefix_BT)
+            x, states, said = self._run(stage, blocks, x, tokens, states, keep, asked, prefix_BT)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
-        return Out(self.norm(x_BTD), None if state is None else (*after, *seen), aux)
+        if config.streams > 1:
+            x = jnp.sum(x.astype(wide(x)), 2).astype(dtype)
+        return Out(self.norm(x), None if state is None else (*after, *seen), aux)
 
     def _run(
         self,
         stage: Stage,
         blocks: Any,
-        x_BTD: Array,
+        x: Array,
         tokens: Tokens,
         states: Any,
         keep: Array | None,
@@ -233,8 +275,8 @@ class LanguageModel(nnx.Module):
 
         tables, blocks = set_aside(blocks)  # a scan, or a cut by repeats, would copy them
 
-        def call(block, x_BTD, states, keep, at_BN):
-            return put_back(tables, block)(x_BTD, tokens, states, keep, at_BN, prefix_BT)
+        def call(block, x, states, keep, at_BN):
+            return put_back(tables, block)(x, tokens, states, keep, at_BN, prefix_BT)
 
         if config.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
@@ -243,29 +285,29 @@ class LanguageModel(nnx.Module):
         if scan and not isinstance(blocks, nnx.List):
             own, block_of = _own(blocks)
 
-            def body(x_BTD, xs):
-                x_BTD, after, said = call(block_of(xs[0]), x_BTD, xs[1], xs[2], None)
-                return x_BTD, (after, said)
+            def body(x, xs):
+                x, after, said = call(block_of(xs[0]), x, xs[1], xs[2], None)
+                return x, (after, said)
 
             stacked = None if states is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-            x_BTD, (new, said) = jax.lax.scan(body, x_BTD, (own, stacked, keep))
+            x, (new, said) = jax.lax.scan(body, x, (own, stacked, keep))
             new = None if states is None else tuple(unstack(new, stage.repeats))
-            x_BTD = x_BTD if at_BN is None else take(x_BTD, at_BN)
-            return x_BTD, new, {f"*.{name}": value for name, value in said.items()}
+            x = x if at_BN is None else take(x, at_BN)
+            return x, new, {f"*.{name}": value for name, value in said.items()}
 
         after: list[Any] = []
         aux: dict[str, Array] = {}
         for r, block in enumerate(_apart(blocks, stage)):
-            x_BTD, new, said = call(
+            x, new, said = call(
                 block,
-                x_BTD,
+                x,
                 None if states is None else states[r],
                 None if keep is None else keep[r],
                 at_BN if r == stage.repeats - 1 else None,
             )
             after.append(new)
             aux |= {f"{r}.{name}": value for name, value in said.items()}
-        return x_BTD, None if states is None else tuple(after), aux
+        return x, None if states is None else tuple(after), aux
 
     def logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., W]."""
