@@ -28,16 +28,18 @@ config = dataclasses.replace(
 )
 
 # The tables of Engram-27B and Engram-40B (arXiv 2601.07372): n-grams of 2 and 3, 8 hashes of each, rows of 80 numbers,
-# before the second and fifteenth of 30 blocks of width 2,560; 5.8B and 18.5B parameters. Around them the paper has a
-# mixture of experts with latent attention and four streams; this house has none of these. Here stands a dense
-# Transformer of as many parameters as that activates for a token, 3.8B: hence the names, which are not the paper's.
-# Ids are hashed as they are: Engram.canonical wants a file, made of the tokenizer by layers.ops.ngram.canonical.
-DENSE = (Attention(H=20), MLP(F=10_240))
+# before the second and fifteenth of 30 blocks of width 2,560, in each of four residual streams (mHC); 5.8B and 18.5B
+# parameters. Around them the paper has a mixture of experts with latent attention, and this house has neither. Here
+# stands a dense Transformer of as many parameters as that activates for a token, 3.8B: hence the names, which are not
+# the paper's. Ids are hashed as they are: Engram.canonical wants a file, made of the tokenizer by
+# layers.ops.ngram.canonical.
+DENSE = (Attention(H=20), MLP(F=10_112))
 
 
 def tables(size: str, rows: int, parameters: int) -> Experiment:
     """Rows of 4,096, 1,280 a step, 50,000 steps of Muon; the paper's rate falls in steps, which are not at hand."""
-    first, second = (Engram(W=129_280, layer=n, layers=(1, 14), N=3, H=8, K=80, rows=rows) for n in (1, 14))
+    table = Engram(W=129_280, layer=1, layers=(1, 14), N=3, H=8, K=80, rows=rows, streams=4)
+    first, second = table, dataclasses.replace(table, layer=14)
     stages = (
         Stage(DENSE),
         Stage((first, *DENSE)),
@@ -47,7 +49,7 @@ def tables(size: str, rows: int, parameters: int) -> Experiment:
     )
     return Experiment(
         description=f"Engram, {size}.",
-        model=LM(W=129_280, D=2560, stages=stages, dtype="bfloat16", remat="block"),
+        model=LM(W=129_280, D=2560, stages=stages, dtype="bfloat16", remat="block", streams=4),
         data=Text(T=4096, B=1280, source="data/fineweb-edu", tokenizer="data/deepseek-v3/tokenizer.json"),
         optimizer=Muon(lr=4e-4, schedule=Schedule(warmup=1000, shape="wsd", final=0.1, decay=0.2)),
         train=Train(steps=50_000, eval_every=1000, checkpoint_every=1000),
@@ -55,4 +57,4 @@ def tables(size: str, rows: int, parameters: int) -> Experiment:
     )
 
 
-sizes = {"9.6B": tables("9.6B", 2_262_400, 9_613_294_080), "22B": tables("22B", 7_239_680, 22_355_274_240)}
+sizes = {"9.6B": tables("9.6B", 2_262_400, 9_618_333_780), "22B": tables("22B", 7_239_680, 22_360_313_940)}

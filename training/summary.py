@@ -71,6 +71,9 @@ def show(
     if config.ngrams is not None:
         count = parameter_count({n: p for n, p in specs.items() if n.startswith("ngrams.")})
         table.add_row("n-grams", "", f"{count:,}", f"{bytes_of(states[-1]):,}")
+    if config.streams > 1:
+        count = parameter_count({n: p for n, p in specs.items() if ".connections." in n})
+        table.add_row(f"connections of {config.streams} streams", "", f"{count:,}", "")
     for s, stage in enumerate(config.stages):
         for i, layer in enumerate(stage.pattern):
             count = parameter_count({n: p for n, p in specs.items() if n.startswith(f"stages.{s}.layers.{i}.")})
