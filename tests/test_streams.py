@@ -88,21 +88,37 @@ def met(connection, x_GD, y_D):
 
 @HYPER
 def test_connections_by_hand(hyper):
+    """And the slopes, some of which are written by hand, along a few ways to move everything."""
     connection = moved(HyperConnection(G, D, 1, hyper, eps=1e-6))
     rng = np.random.default_rng(1)
     x_BTGD, y_BTD = rng.standard_normal((B, T, G, D)), rng.standard_normal((B, T, D))
+    answer = rng.standard_normal((B, T, D)), rng.standard_normal((B, T, G, D))
 
-    @jax.jit
     def run(connection, x, y):
         z, paths = connection(x)
         return z, write(x, y, paths)
 
+    @jax.jit
+    def both(*given):
+        said, back = jax.vjp(run, *given)
+        return said, back(answer)
+
+    def by_hand(connection, x, y):
+        said = [met(connection, x[place], y[place]) for place in np.ndindex(B, T)]
+        return [np.stack(part).reshape(B, T, *part[0].shape) for part in zip(*said, strict=True)]
+
+    given = connection, x_BTGD, y_BTD
     with x64():
-        z_BTD, new_BTGD = run(connection, x_BTGD, y_BTD)
-    for b, t in np.ndindex(B, T):
-        z_D, new_GD = met(connection, x_BTGD[b, t], y_BTD[b, t])
-        same(z_BTD[b, t], z_D, "what is read", 1e-12)
-        same(new_BTGD[b, t], new_GD, "the streams", 1e-12)
+        (z_BTD, new_BTGD), slopes = jax.device_get(both(*given))
+    want_z, want_new = by_hand(*given)
+    same(z_BTD, want_z, "what is read", 1e-12)
+    same(new_BTGD, want_new, "the streams", 1e-12)
+    for _ in range(3):
+        way = jax.tree.map(lambda a: rng.standard_normal(a.shape), given)
+        ends = [by_hand(*jax.tree.map(lambda a, d, e=e: a + e * d, given, way)) for e in (1e-5, -1e-5)]
+        rise = sum(np.sum((up - down) * a) for up, down, a in zip(*ends, answer, strict=True)) / 2e-5
+        found = sum(np.sum(a * d) for a, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(way), strict=True))
+        assert found == pytest.approx(rise, rel=1e-6)
 
 
 def test_what_is_kept_is_doubly_stochastic():
