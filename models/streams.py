@@ -61,7 +61,8 @@ class HyperConnection(nnx.Module):
             shape = D, 2 + G
             read, write, keep = first, jnp.ones(G), own
         self.w = nnx.Param(jnp.zeros(shape, jnp.float32), axes="DP", fan_in="D")
-        self.bias = nnx.Param(jnp.concatenate([read, write, keep.reshape(-1)]), axes="P", decay=False)
+        bias = jnp.concatenate([read, write, keep.reshape(-1)]).astype(jnp.float32)
+        self.bias = nnx.Param(bias, axes="P", decay=False)
         self.read_scale, self.write_scale, self.keep_scale = (
             nnx.Param(jnp.full([], SCALE, jnp.float32), axes="", decay=False) for _ in range(3)
         )
