@@ -67,7 +67,7 @@ def distinct(seed: int, stream: int, index_N: Ints, count: int, below: int) -> I
     mean, spread = np.sum(below / (below - seen)), np.sqrt(np.sum(seen * below / (below - seen) ** 2.0))
     read = math.ceil(mean + 4 * spread)
     out_NC = np.empty([len(index_N), count], np.int64)
-    todo_M = np.arange(len(index_N))
+    todo_M = np.arange(len(index_N) if count else 0)
     while len(todo_M):
         value = integers(seed, stream, index_N[todo_M], read, below)
         # Sort by (value, time): the head of each run is that value's first occurrence; then sort those by time.
