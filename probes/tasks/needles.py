@@ -44,7 +44,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _DEPTHS, _FILLER, _OTHERS = range(5)  # streams of draws
@@ -153,11 +153,7 @@ class Needles(Task):
         needles[:, :, 3:] = digits.reshape(N, n, self.symbols)
 
         ids, labels = empty(N, self.length)
-        place = (start[:, :, None] + np.arange(size)).reshape(N, -1)
-        hay = np.ones([N, body], bool)
-        np.put_along_axis(hay, place, False, 1)
-        ids[:, :body][hay] = self._haystack(seed, index_N, names).ravel()
-        np.put_along_axis(ids, place, needles.reshape(N, -1).astype(np.int32), 1)
+        lay(ids[:, :body], self._haystack(seed, index_N, names), start, needles)
 
         asked = np.argsort(key, axis=1, kind="stable")[
             :, : self.queries * self.values
@@ -197,6 +193,16 @@ class Needles(Task):
         needles[:, :, 3:] = self.words + self.names + digits.reshape(N, units, -1)
         hay[:, rest:] = needles.reshape(N, -1)
         return hay
+
+
+def lay(ids_NT: Int32s, hay_NR: Ints, start_NS: Ints, needles_NSK: Ints) -> None:
+    """Writes needles into ids, each from its start on, and the haystack, in its order, around them."""
+    N, S, K = needles_NSK.shape
+    place = (start_NS[:, :, None] + np.arange(K)).reshape(N, -1)
+    free = np.ones(ids_NT.shape, bool)
+    np.put_along_axis(free, place, False, 1)
+    ids_NT[free] = hay_NR.ravel()
+    np.put_along_axis(ids_NT, place, needles_NSK.reshape(N, -1).astype(np.int32), 1)
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 64, **law: Any) -> Probe:
