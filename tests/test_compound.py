@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks.compound import Compound
 from training.data import DataError
@@ -83,6 +83,18 @@ def test_plateau_and_what_one_part_gives():
         half.append(np.mean([a == b for a, b in zip(by_part, row.labels.values(), strict=True)]))
     near(some, law.plateau)
     near(half, 1 / law.side)
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Compound(), "a7ed97d942b86c68"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import collections
 
 import pytest
-from said import fits, rows_of
+from said import digest, fits, rows_of
 
 from probes.tasks import copying
 from probes.tasks.copying import Copying
@@ -114,6 +114,21 @@ def test_trials_ask_longer_strings():
         assert [(part.task.low, part.task.high) for part in data.train] == [(5, 20)]
         assert [part.task.high for part in data.test][-4:] == [40, 80, 160, 300]
     assert [part.task.kind for part in copying.trials["copying"].data.test][:3] == ["copy", "duplicate", "copy"]
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Copying(), "86ea291249556bfc"),
+        (Copying("prefix"), "dbb02c9afb09ca52"),
+        (Copying("suffix", answer=2), "37acedadd783947d"),
+        (Copying("duplicate", 6), "62e4943efabce217"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

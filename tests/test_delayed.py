@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import delayed
 from probes.tasks.delayed import Delayed
@@ -68,6 +68,20 @@ def test_trials_ask_over_delays():
         assert [part.task.delay for part in data.train] == [16, 32, 64]
         assert [part.task.delay for part in data.test] == [16 << i for i in range(7)]
         assert delayed.trials[f"{name}@paper"].data.test[-1].task.delay == 16384
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Delayed(noise=5), "3d36f0ea8ea0b80d"),
+        (Delayed("copy", 9, 10), "d405a372abae090e"),
+        (Delayed("repeat", 4, 9), "c63464bc3df273d9"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import distractors
 from probes.tasks.distractors import Distractors
@@ -78,6 +78,19 @@ def test_trials_ask_past_more_rows():
     data = distractors.trials["distractors"].data
     assert [part.task.blocks for part in data.train] == [1, 2, 4]
     assert [part.task.blocks for part in data.test] == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Distractors(), "f708e4b2e586465f"),
+        (Distractors(between="asked"), "b1187532d0156612"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

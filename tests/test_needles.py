@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import draws, needles
 from probes.tasks.needles import Needles
@@ -144,6 +144,20 @@ def test_other_lengths_are_the_same_task():
         assert len({str(law).replace(f"length={law.length}", "") for law in laws}) == 1
         assert {law.length for law in laws} == {128, 256, 512, 1024, 2048}
         assert max(part.task.length for part in needles.trials[f"{name}@paper"].data.test) == 16384
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Needles(), "1a398c642cee6171"),
+        (Needles(filler="repeat", keys=3, values=2, queries=2), "be41217940787e64"),
+        (Needles(length=100, filler="needles"), "e63807ede6e1c3cf"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

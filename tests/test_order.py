@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from said import fits, rows_of
+from said import digest, fits, rows_of
 
 from probes.tasks import order
 from probes.tasks.order import Order
@@ -61,6 +61,18 @@ def test_trials_ask_by_distance():
     assert [law.apart for law in tests[5:]] == [(4, 16), (16, 32), (32, 64), (64, 124)]
     rows = tests[5].rows(0, np.arange(100))
     assert (128 - rows.about["distance"] - rows.about["depth"] <= 16).all()
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Order(), "72fd507520de9a06"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

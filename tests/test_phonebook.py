@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import phonebook
 from probes.tasks.phonebook import Phonebook
@@ -78,6 +78,18 @@ def test_sizes():
     assert Phonebook().length == 16 * 9 + 2 * 10 + 9
     assert [part.task.entries for part in phonebook.trials["phonebook"].data.test] == [8, 16, 32, 64, 128]
     assert all(part.rows == 3 * 32 for part in phonebook.trials["phonebook@paper"].data.test)
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Phonebook(), "56f532b08b1f39ae"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

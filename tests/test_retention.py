@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import retention
 from probes.tasks.retention import Retention
@@ -76,6 +76,18 @@ def test_trials_train_with_recent_keys_and_ask_without():
     assert [(part.task.updates, part.task.recent) for part in data.train] == [(4, 4), (8, 4), (16, 4)]
     assert [part.task.updates for part in data.test] == [0, 4, 8, 16, 32, 64, 128, 256]
     assert not any(part.task.recent for part in data.test)
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Retention(recent=2), "510fc3a8af283d7d"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

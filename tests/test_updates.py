@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks.updates import Updates
 from training.data import DataError
@@ -81,6 +81,18 @@ def test_plateau_and_what_a_memory_that_does_not_overwrite_gets():
         old.append(np.mean([first[row.ids[place]] == label for place, label in row.labels.items()]))
     near(some, law.plateau)
     assert set(old) == {1 - law.updates / law.pairs}
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Updates(), "06ffddd698eb4952"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

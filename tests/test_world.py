@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from said import fits, rows_of
+from said import digest, fits, rows_of
 
 from probes.tasks import world
 from probes.tasks.world import World
@@ -122,6 +122,19 @@ def test_trials_ask_longer_rows():
         data = world.trials[name].data
         assert {part.task.kind for part in data.train + data.test} == {kind}
         assert [part.task.length for part in data.test] == [64, 128, 256, 512, 1024, 2048]
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (World(), "21b7ce24b0180aba"),
+        (World("qa2", takes=2), "eff793d3740f202a"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 @pytest.mark.parametrize(

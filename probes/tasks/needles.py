@@ -133,7 +133,8 @@ class Needles(Task):
         return 1 / self.facts + (1 - 1 / self.facts) / self.digits if self.facts > 1 else None
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
-        return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
+        # At least 64 rows in a block, however long: a chain takes a step of all rows at once.
+        return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, min(self.length, 1024))
 
     def _rows(self, seed: int, index_N: Ints) -> Rows:
         N, n, size, body = len(index_N), self.needles, self.needle, self.body

@@ -66,7 +66,8 @@ class Retention(Task):
         return None if self.recent else 1 / self.facts
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
-        return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
+        # At least 64 rows in a block, however long: an update is one of all rows at once.
+        return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, min(self.length, 1024))
 
     def _rows(self, seed: int, index_N: Ints) -> Rows:
         N, facts, updates, others = len(index_N), self.facts, self.updates, self.others
