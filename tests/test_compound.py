@@ -85,6 +85,11 @@ def test_plateau_and_what_one_part_gives():
     near(half, 1 / law.side)
 
 
+def test_harder():
+    assert Compound().harder() == Compound(side=4) and Compound(side=4).harder() is None
+    assert Compound(26, 60, 2).harder() is None and Compound(27, 60, 2).harder() == Compound(27, 60, 3)
+
+
 @pytest.mark.parametrize(
     ("law", "golden"),
     [

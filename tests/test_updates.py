@@ -83,6 +83,14 @@ def test_plateau_and_what_a_memory_that_does_not_overwrite_gets():
     assert set(old) == {1 - law.updates / law.pairs}
 
 
+def test_harder():
+    law = Updates(length=80, pairs=4, updates=2)
+    assert law.harder() == Updates(length=80, pairs=8, updates=4)
+    assert Updates(length=80, pairs=16, updates=8).harder() is None
+    assert Updates(vocab=25, length=80, pairs=4, updates=2).harder() is None
+    assert Updates(vocab=26, length=80, pairs=4, updates=2).harder() is not None
+
+
 @pytest.mark.parametrize(
     ("law", "golden"),
     [

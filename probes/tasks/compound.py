@@ -71,6 +71,10 @@ class Compound(Task):
     def plateau(self) -> float:
         return 1 / self.pairs
 
+    def harder(self) -> "Compound | None":
+        more = (self.side + 1) ** 2
+        return dataclasses.replace(self, side=self.side + 1) if 6 * more <= self.length and more <= self.third else None
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 

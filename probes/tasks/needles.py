@@ -15,6 +15,9 @@ Keys are different names, digits are uniform. The first `queries` keys are asked
 * Words, names and digits are different tokens, so a needle is seen at once: what is tested is whether it is kept, and
   whether it is found by its key.
 
+`depth` is where a needle starts, `distance` counts from there to its question, `distractors` are the needles that no
+question asks for, those of the haystack too.
+
 To answer, a model must keep what a needle says over everything behind it. With one needle and a haystack that repeats,
 a memory that writes what it does not expect suffices; with several it must be found by its key; among nothing but
 needles all of them must be kept.
@@ -228,7 +231,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
 }
 _SMALL = {"words": 32, "names": 32, "period": 8}
 trials = {
-    name: Trial(_probe((128, 256), (128, 256, 512, 1024, 2048), 128, **law), steps=1_000, lr=3e-3, blocks=2)
+    name: Trial(_probe((128,), (128, 256, 512, 1024, 2048), 128, **law), steps=1_000, lr=3e-3, blocks=2)
     for name, law in _FAMILY.items()
 }
 trials |= {

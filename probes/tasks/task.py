@@ -143,6 +143,16 @@ def in_blocks(make: Callable[[Ints], Rows], index_N: Ints, T: int) -> Rows:
     )
 
 
+def by_question(asked_NS: npt.NDArray[np.bool_], Q: int, **values_NS: Ints) -> dict[str, Ints]:
+    """What is known of each place that asks, in the order of the places: Rows.about, [N, Q] of each name."""
+    own_NQ = np.arange(Q) < asked_NS.sum(1)[:, None]
+    about = {}
+    for name, values in values_NS.items():
+        about[name] = np.full(own_NQ.shape, -1, np.int64)
+        about[name][own_NQ] = values[asked_NS]
+    return about
+
+
 def whole(task: Any, **least: int) -> None:
     """Raises DataError, naming the field, unless each of the named fields is at least so much. For `__post_init__`."""
     for field, low in least.items():

@@ -75,6 +75,10 @@ class Updates(Task):
     def plateau(self) -> float:
         return 1 / (self.pairs + self.updates)
 
+    def harder(self) -> "Updates | None":
+        fits = 2 * (self.context + 2 * self.pairs) <= self.length and 2 * self.context + 2 <= self.vocab
+        return dataclasses.replace(self, pairs=2 * self.pairs, updates=2 * self.updates) if fits else None
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 

@@ -161,7 +161,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 _LENGTHS = (1024, 2048, 4096, 8192, 16384)
 trials = {
-    name: Trial(_probe((64, 128, 256), (64, 128, 256, 512, 1024, 2048), 256, **law), 2_000, 3e-3, blocks=2, mlp=True)
+    name: Trial(_probe((64, 128), (64, 128, 256, 512, 1024, 2048), 256, **law), 2_000, 3e-3, blocks=2, mlp=True)
     for name, law in _KINDS.items()
 }
 trials |= {
