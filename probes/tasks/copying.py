@@ -197,21 +197,21 @@ def _probe(
     return Probe(B=64, train=(Part(law),), test=tuple(Part(test, rows) for test in laws))
 
 
-_KINDS: tuple[tuple[str, Literal["copy", "prefix", "suffix"]], ...] = (
-    ("copying", "copy"),
-    ("prefix_lookup", "prefix"),
-    ("suffix_lookup", "suffix"),
-)
-trials = {name: Trial(_probe((5, 20), (40, 80, 160, 300), 256, k), 1_000, 3e-3, blocks=2) for name, k in _KINDS}
-trials |= {f"{name}@smoke": Trial(_probe((5, 8), (16,), 64, k), 100, blocks=2) for name, k in _KINDS}
-trials |= {
-    f"{name}@paper": Trial(
-        dataclasses.replace(_probe((5, 300), (20, 50, 100, 200, 300, 500, 1000), 96, k), B=8),
+_KINDS: dict[str, tuple[Literal["copy", "prefix", "suffix"], str]] = {
+    "copying": ("copy", "A string of letters is said again, also strings longer than any of training."),
+    "prefix_lookup": ("prefix", "What follows an n-gram in a string that is said behind it."),
+    "suffix_lookup": ("suffix", "What followed an n-gram in a string that was said before it."),
+}
+trials = {}
+for _name, (_kind, _about) in _KINDS.items():
+    trials[_name] = Trial(_probe((5, 20), (40, 80, 160, 300), 256, _kind), 1_000, 3e-3, blocks=2, about=_about)
+    trials[f"{_name}@smoke"] = Trial(_probe((5, 8), (16,), 64, _kind), 100, blocks=2, about=_about)
+    trials[f"{_name}@paper"] = Trial(
+        dataclasses.replace(_probe((5, 300), (20, 50, 100, 200, 300, 500, 1000), 96, _kind), B=8),
         steps=20_000,
         lr=1e-5,
         D=1024,
         blocks=12,
         mlp=True,
+        about=_about,
     )
-    for name, k in _KINDS
-}

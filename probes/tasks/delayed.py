@@ -119,3 +119,9 @@ trials = {
     "repeat_previous@smoke": Trial(_repeat(2, 30, (30,), 64), steps=100),
     "repeat_previous@far": Trial(_repeat(16, 112, (112, 240, 496), 256), steps=2_000, blocks=2),
 }
+_ABOUT = {
+    "delayed": "A cue is asked for after a delay of noise, also delays longer than any of training.",
+    "copy_memory": "Symbols are said again after a delay of blanks (the copying memory problem).",
+    "repeat_previous": "At each place, the symbol that stands a fixed number of places back.",
+}
+trials = {name: dataclasses.replace(trial, about=_ABOUT[name.partition("@")[0]]) for name, trial in trials.items()}

@@ -219,28 +219,33 @@ def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 6
     )
 
 
-_FAMILY: dict[str, dict[str, Any]] = {
-    "niah_single": {"filler": "repeat"},
-    "niah_markov": {},
-    "niah_uuid": {"symbols": 8},
-    "niah_multikey": {"keys": 4},
-    "niah_multikey2": {"filler": "needles"},
-    "niah_multivalue": {"values": 4},
-    "niah_multiquery": {"keys": 4, "queries": 4},
-    "passkey": {"filler": "repeat", "names": 1, "symbols": 5, "digits": 10},
+_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "niah_single": ("A number said once in a text that repeats (RULER's S-NIAH-1).", {"filler": "repeat"}),
+    "niah_markov": ("A number said once in a text by a chain (S-NIAH-2).", {}),
+    "niah_uuid": ("Eight digits said once in a text by a chain (S-NIAH-3).", {"symbols": 8}),
+    "niah_multikey": ("One of four keys' numbers in a text by a chain (MK-NIAH-1).", {"keys": 4}),
+    "niah_multikey2": ("One key's number among nothing but others' (MK-NIAH-2).", {"filler": "needles"}),
+    "niah_multivalue": ("All four numbers of a key, in the order in which they were said (MV-NIAH).", {"values": 4}),
+    "niah_multiquery": ("Four keys' numbers, one after another (MQ-NIAH).", {"keys": 4, "queries": 4}),
+    "passkey": (
+        "A number of five digits in a text that repeats; there is one key.",
+        {"filler": "repeat", "names": 1, "symbols": 5, "digits": 10},
+    ),
 }
 _SMALL = {"words": 32, "names": 32, "period": 8}
-trials = {
-    name: Trial(_probe((128,), (128, 256, 512, 1024, 2048), 128, **law), steps=1_000, lr=3e-3, blocks=2)
-    for name, law in _FAMILY.items()
-}
-trials |= {
-    f"{name}@smoke": Trial(_probe((96,), (96, 192), 64, 32, **{**_SMALL, **law}), steps=100, blocks=2)
-    for name, law in _FAMILY.items()
-}
-trials |= {
-    f"{name}@paper": Trial(
-        _probe((1024,), (1024, 2048, 4096, 8192, 16384), 500, **law), steps=10_000, lr=1e-3, D=128, blocks=2
+trials = {}
+for _name, (_about, _law) in _FAMILY.items():
+    trials[_name] = Trial(
+        _probe((128,), (128, 256, 512, 1024, 2048), 128, **_law), steps=1_000, lr=3e-3, blocks=2, about=_about
     )
-    for name, law in _FAMILY.items()
-}
+    trials[f"{_name}@smoke"] = Trial(
+        _probe((96,), (96, 192), 64, 32, **{**_SMALL, **_law}), steps=100, blocks=2, about=_about
+    )
+    trials[f"{_name}@paper"] = Trial(
+        _probe((1024,), (1024, 2048, 4096, 8192, 16384), 500, **_law),
+        steps=10_000,
+        lr=1e-3,
+        D=128,
+        blocks=2,
+        about=_about,
+    )

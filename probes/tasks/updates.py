@@ -1,5 +1,4 @@
-"""Associative recall with updates, by the law of Zoology's forgetting MQAR: some keys get another value before they
-are asked for, and the last one counts.
+"""Associative recall with updates, by the law of Zoology's forgetting MQAR: of a key's values, the last one counts.
 
     k0 v0 k1 v1 k2 v2 | k1 w | . . k1 . . k2 . k0 ...      the labels: w at k1, v2 at k2, v0 at k0
 

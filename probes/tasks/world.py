@@ -155,20 +155,27 @@ def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 6
     )
 
 
-_KINDS: dict[str, dict[str, Any]] = {
-    "world": {"kind": "qa1"},
-    "world_two": {"kind": "qa2", "facts": 8, "takes": 3},
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "world": ("The room a person was last said to be in, told between words (BABILong's qa1).", {"kind": "qa1"}),
+    "world_two": (
+        "The room of the person who took a thing, two facts told between words (BABILong's qa2).",
+        {"kind": "qa2", "facts": 8, "takes": 3},
+    ),
 }
-_LENGTHS = (1024, 2048, 4096, 8192, 16384)
-trials = {
-    name: Trial(_probe((64, 128), (64, 128, 256, 512, 1024, 2048), 256, **law), 2_000, 3e-3, blocks=2, mlp=True)
-    for name, law in _KINDS.items()
-}
-trials |= {
-    f"{name}@smoke": Trial(_probe((48,), (48, 96), 64, 32, words=32, **law), 100, blocks=2, mlp=True)
-    for name, law in _KINDS.items()
-}
-trials |= {
-    f"{name}@paper": Trial(_probe((1024,), _LENGTHS, 1_000, **law), 20_000, 1e-3, D=128, blocks=2, mlp=True)
-    for name, law in _KINDS.items()
-}
+trials = {}
+for _name, (_about, _law) in _KINDS.items():
+    trials[_name] = Trial(
+        _probe((64, 128), (64, 128, 256, 512, 1024, 2048), 256, **_law), 2_000, 3e-3, blocks=2, mlp=True, about=_about
+    )
+    trials[f"{_name}@smoke"] = Trial(
+        _probe((48,), (48, 96), 64, 32, words=32, **_law), 100, blocks=2, mlp=True, about=_about
+    )
+    trials[f"{_name}@paper"] = Trial(
+        _probe((1024,), (1024, 2048, 4096, 8192, 16384), 1_000, **_law),
+        steps=20_000,
+        lr=1e-3,
+        D=128,
+        blocks=2,
+        mlp=True,
+        about=_about,
+    )
