@@ -6,6 +6,7 @@ arithmetic and in float64 operations that IEEE 754 rounds exactly. `stream` is a
 one purpose apart from those of another.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -42,8 +43,11 @@ def bits(seed: int, stream: int, index_N: Ints, count: int) -> Words:
     return _mix(_mix(key_N)[:, None] + step_C)
 
 
-def integers(seed: int, stream: int, index_N: Ints, count: int, below: int) -> Ints:
-    """Draws from 0..below-1, int64 [N, count]; uniform up to a relative bias of below / 2^32."""
+def integers(seed: int, stream: int, index_N: Ints, count: int, below: int | Ints) -> Ints:
+    """Draws from 0..below-1, int64 [N, count]; uniform up to a relative bias of below / 2^32.
+
+    below: of all draws, or of each, an array that goes with [N, count].
+    """
     words = bits(seed, stream, index_N, (count + 1) // 2).astype("<u8", copy=False)
     halves = words.view("<u4")[:, :count].astype(np.int64)  # two 32-bit draws a word, the low half first
     halves *= below
@@ -63,7 +67,7 @@ def distinct(seed: int, stream: int, index_N: Ints, count: int, below: int) -> I
     mean, spread = np.sum(below / (below - seen)), np.sqrt(np.sum(seen * below / (below - seen) ** 2.0))
     read = math.ceil(mean + 4 * spread)
     out_NC = np.empty([len(index_N), count], np.int64)
-    todo_M = np.arange(len(index_N))
+    todo_M = np.arange(len(index_N) if count else 0)
     while len(todo_M):
         value = integers(seed, stream, index_N[todo_M], read, below)
         # Sort by (value, time): the head of each run is that value's first occurrence; then sort those by time.
@@ -95,6 +99,54 @@ def weighted_order(seed: int, stream: int, index_N: Ints, weights: npt.NDArray[n
     key |= np.arange(len(weights))
     key.sort(axis=1)
     return key[:, :count] & low
+
+
+def orders(seed: int, stream: int, index_N: Ints, count: int) -> Ints:
+    """A random order of 0..count-1 for each row: int64 [N, count]."""
+    key = bits(seed, stream, index_N, count)
+    # As above: a number's place in its last bits, so that one sort brings it along.
+    low = np.uint64((1 << count.bit_length()) - 1)
+    key &= ~low
+    key |= np.arange(count, dtype=np.uint64)
+    key.sort(axis=1)
+    return (key & low).astype(np.int64)
+
+
+def others(not_NK: Ints, draw_NL: Ints) -> Ints:
+    """The draw_NL-th integer (from 0) of those that are not among not_NK, K different ones: int64 [N, L]."""
+    # Integer d + j is that one when j of the excluded are below it: those, in order, with excluded[i] - i <= d. One
+    # search serves all rows, each in a range of numbers of its own.
+    N, K = not_NK.shape
+    gap_NK = np.sort(not_NK, 1) - np.arange(K)
+    span = max(gap_NK.max(initial=0), draw_NL.max(initial=0)) + 1
+    row_N = np.arange(N)[:, None]
+    below = np.searchsorted((row_N * span + gap_NK).ravel(), (row_N * span + draw_NL).ravel(), side="right")
+    return draw_NL + below.reshape(draw_NL.shape) - row_N * K
+
+
+def markov(seed: int, stream: int, index_N: Ints, count: int, words: int, branches: int, chain: int) -> Ints:
+    """A text of each row, int64 [N, count], by a chain over words 0..words-1 that `chain` fixes for all rows.
+
+    Two words determine `branches` different ones, of which the next is one at random; the two before the first are
+    uniform. The text says log2(branches) bits a word, and no word of it is more than locally determined.
+    """
+    table, seed = _successors(chain, words, branches), fold(seed, stream)
+    choice_CN = np.ascontiguousarray(integers(seed, 0, index_N, count, branches).T)
+    text_CN = np.empty([count + 2, len(index_N)], np.int64)
+    text_CN[:2] = integers(seed, 1, index_N, 2, words).T
+    for c in range(count):
+        after = text_CN[c] * words
+        after += text_CN[c + 1]
+        after *= branches
+        after += choice_CN[c]
+        text_CN[c + 2] = table[after]
+    return text_CN[2:].T
+
+
+@functools.lru_cache(8)
+def _successors(chain: int, words: int, branches: int) -> Ints:
+    """What may follow each pair of words: int64 [words · words · branches], by pair."""
+    return distinct(chain, 0, np.arange(words * words), branches, words).ravel()
 
 
 def permutation(seed: int, stream: int, count: int) -> Ints:

@@ -118,7 +118,7 @@ class MQAR(Task):
             ids[:] = draws.integers(seed, _FILLER, index_N, self.length, vocab)
         elif self.filler == "conflict_free":
             draw = draws.integers(seed, _FILLER, index_N, self.length, vocab - pairs)
-            ids[:] = _avoiding(np.sort(keys, 1), draw, vocab)
+            ids[:] = draws.others(keys, draw)
         last = np.broadcast_to(np.arange(pairs), keys.shape)  # where a pair was said last, in pairs
         ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
         for p in range(1, self.passes):
@@ -135,16 +135,6 @@ class MQAR(Task):
         pair = np.argsort(slots, axis=1, kind="stable")  # by place
         slots, last = np.take_along_axis(slots, pair, 1), np.take_along_axis(last, pair, 1)
         return pair, slots, context + 2 * slots - 2 * last
-
-
-def _avoiding(keys_NP: Ints, draw_NL: Ints, vocab: int) -> Ints:
-    """The draw_NL-th word (from 0) of those that are not among the row's sorted keys."""
-    # Word d + j is that word when j keys are below it: keys i with keys[i] - i <= d. One search serves all rows, each
-    # in a range of numbers of its own.
-    rows, pairs = keys_NP.shape
-    row_N = np.arange(rows)[:, None] * vocab
-    below = np.searchsorted((row_N + keys_NP - np.arange(pairs)).ravel(), (row_N + draw_NL).ravel(), side="right")
-    return draw_NL + below.reshape(draw_NL.shape) - np.arange(rows)[:, None] * pairs
 
 
 def figure2_of_zoology() -> tuple[Probe, ...]:
