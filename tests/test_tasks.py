@@ -50,7 +50,7 @@ def test_rows_are_as_they_say(law):
         beyond = np.arange(rows.ids_NT.shape[1]) >= rows.length_N[:, None]
         assert not (asked & beyond).any() and (rows.length_N <= law.length).all()
         assert rows.length_N.dtype == np.int64
-    own = np.arange(max(count)) < count[:, None]
+    own = np.arange(law.asked) < count[:, None]
     for name, values in rows.about.items():
         assert values.dtype == np.int64 and values.shape == own.shape, name
         assert (values[~own] == -1).all() and (values[own] >= 0).all(), name

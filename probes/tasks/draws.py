@@ -42,8 +42,11 @@ def bits(seed: int, stream: int, index_N: Ints, count: int) -> Words:
     return _mix(_mix(key_N)[:, None] + step_C)
 
 
-def integers(seed: int, stream: int, index_N: Ints, count: int, below: int) -> Ints:
-    """Draws from 0..below-1, int64 [N, count]; uniform up to a relative bias of below / 2^32."""
+def integers(seed: int, stream: int, index_N: Ints, count: int, below: int | Ints) -> Ints:
+    """Draws from 0..below-1, int64 [N, count]; uniform up to a relative bias of below / 2^32.
+
+    below: of all draws, or of each, an array that goes with [N, count].
+    """
     words = bits(seed, stream, index_N, (count + 1) // 2).astype("<u8", copy=False)
     halves = words.view("<u4")[:, :count].astype(np.int64)  # two 32-bit draws a word, the low half first
     halves *= below
@@ -78,6 +81,25 @@ def distinct(seed: int, stream: int, index_N: Ints, count: int, below: int) -> I
         out_NC[todo_M[enough]] = by_time[enough, :count] & 0xFFFFFFFF
         todo_M, read = todo_M[~enough], 2 * read
     return out_NC
+
+
+def motifs(seed: int, stream: int, index_N: Ints, groups: int, count: int, below: int | Ints) -> Ints:
+    """Groups of `count` different integers from 0..below-1, each in random order: int64 [N, groups, count].
+
+    For few integers: the work grows with the square of `count`. Of a group, the first some are such a group too.
+
+    below: of all groups, or of each, an array that goes with [N, groups]; where it is less than `count`, only so many
+        of a group are different.
+    """
+    N = len(index_N)
+    # The next integer is the draw-th of those that are left.
+    left = np.maximum(np.broadcast_to(below, [N, groups])[:, :, None] - np.arange(count), 1)
+    out_NGC = integers(seed, stream, index_N, groups * count, left.reshape(N, -1)).reshape(N, groups, count)
+    for c in range(1, count):
+        taken = np.sort(out_NGC[:, :, :c], axis=2)
+        for b in range(c):
+            out_NGC[:, :, c] += out_NGC[:, :, c] >= taken[:, :, b]
+    return out_NGC
 
 
 def weighted_order(seed: int, stream: int, index_N: Ints, weights: npt.NDArray[np.float64], count: int) -> Ints:

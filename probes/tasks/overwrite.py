@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, whole
+from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, by_question, empty, whole
 from training.data import DataError
 
 _KEYS, _WHICH, _VALUES = range(3)  # streams of draws
@@ -62,15 +62,7 @@ class Overwrite(Task):
         told = before_NS >= 0
         labels_NT[:, 0::2][told] = np.take_along_axis(value_NS, before_NS, 1)[told]
         gap_NS = 2 * (np.arange(S) - before_NS)
-        return Rows(ids_NT, labels_NT, {"pair": _packed(which_NS, told), "distance": _packed(gap_NS, told)})
-
-
-def _packed(values_NS: Ints, asked_NS: np.ndarray) -> Ints:
-    """The values at the asked places of each row, in their order; -1 beyond."""
-    count_N = asked_NS.sum(1)
-    out = np.full([len(values_NS), int(count_N.max(initial=0))], -1)
-    out[np.arange(out.shape[1]) < count_N[:, None]] = values_NS[asked_NS]
-    return out
+        return Rows(ids_NT, labels_NT, by_question(told, self.asked, pair=which_NS, distance=gap_NS))
 
 
 _LAW = Overwrite(vocab=16, keys=4)

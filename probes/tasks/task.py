@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -127,6 +127,30 @@ class Task:
 def empty(N: int, T: int) -> tuple[Int32s, Int32s]:
     """Rows of token 0 that ask nothing: ids and labels, int32 [N, T]."""
     return np.zeros([N, T], np.int32), np.full([N, T], NOT_ASKED, np.int32)
+
+
+def in_blocks(make: Callable[[Ints], Rows], index_N: Ints, T: int) -> Rows:
+    """make(index_N), some rows of T tokens at a time, so that what it holds on the way stays in cache."""
+    block = max(1, (1 << 16) // T)
+    if len(index_N) <= block:
+        return make(index_N)
+    made = [make(index_N[low : low + block]) for low in range(0, len(index_N), block)]
+    return Rows(
+        np.concatenate([rows.ids_NT for rows in made]),
+        np.concatenate([rows.labels_NT for rows in made]),
+        {name: np.concatenate([rows.about[name] for rows in made]) for name in made[0].about},
+        None if made[0].length_N is None else np.concatenate([rows.length_N for rows in made]),
+    )
+
+
+def by_question(asked_NS: npt.NDArray[np.bool_], Q: int, **values_NS: Ints) -> dict[str, Ints]:
+    """What is known of each place that asks, in the order of the places: Rows.about, [N, Q] of each name."""
+    own_NQ = np.arange(Q) < asked_NS.sum(1)[:, None]
+    about = {}
+    for name, values in values_NS.items():
+        about[name] = np.full(own_NQ.shape, -1, np.int64)
+        about[name][own_NQ] = values[asked_NS]
+    return about
 
 
 def whole(task: Any, **least: int) -> None:
