@@ -1,5 +1,6 @@
 """Rows of a task as a plain reader has them, and whether counts are as likely as a law says. For the tests of tasks."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -43,3 +44,11 @@ def near(hits, share: float) -> None:
     """The mean of hits, one of each row, is `share` up to four standard errors."""
     error = max(np.std(hits) / len(hits) ** 0.5, 1 / len(hits))
     assert abs(np.mean(hits) - share) < 4 * error, (np.mean(hits), share, error)
+
+
+def digest(law: Task, N: int = 60) -> str:
+    """Of some rows, with all that is said about them."""
+    rows = law.rows(12345, 10**12 + np.arange(N))
+    data = [rows.ids_NT, rows.labels_NT, *(rows.about[name] for name in sorted(rows.about))]
+    data += [] if rows.length_N is None else [rows.length_N]
+    return hashlib.sha256(b"".join(x.astype("<i8").tobytes() for x in data)).hexdigest()[:16]

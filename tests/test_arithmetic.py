@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks.arithmetic import Arithmetic, trials
 from training.data import DataError
@@ -123,6 +123,19 @@ def test_chance_with_brackets():
     one, two = (law.rows(seed, np.arange(60_000)).labels_NT.max(1) for seed in (1, 2))
     near(one == two, law.chance)
     assert law.chance > 1 / 3 + 0.01  # products are often 0, and the test would see it
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Arithmetic(), "feea0e430f40606d"),
+        (Arithmetic(brackets=True, length=64), "96254099872a732d"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 def test_trials():

@@ -7,9 +7,11 @@ import random
 
 import numpy as np
 import pytest
-from said import fits, rows_of
+from said import digest, fits, rows_of
 
+from probes.evaluation import evaluate
 from probes.tasks.automata import Automata, candidates, smallest, trials
+from probes.tasks.task import Part
 from training.data import DataError
 
 LAW = Automata(length=120, letters=7, nodes=6, fewest=3, most=6, longest=20, automata=40, held_out=30)
@@ -84,7 +86,7 @@ def test_the_smallest_automaton():
 
 def test_candidates_are_drawn_as_said():
     nodes, letters, edges = 7, 6, 3
-    made = candidates(letters, nodes, edges, 5, np.arange(6000))
+    made = candidates(letters, nodes, edges, 5, np.arange(3000))
     fits(np.bincount([len(raw) for raw in made], minlength=8)[4:])
     degrees, firsts, ways = collections.Counter(), collections.Counter(), collections.Counter()
     owned = collections.Counter()
@@ -132,6 +134,19 @@ def test_rows_are_uniform():
     fits(choices[3])
 
 
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Automata(), "bd9810f40599b11f"),
+        (Automata(part="held_out", pool=3, automata=50), "5bdab945ba399cb5"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
+
+
 def test_plateau():
     """A letter of the row, drawn, at every question."""
     law, right = Automata(length=128, automata=64, held_out=64), []
@@ -140,6 +155,20 @@ def test_plateau():
         legal = np.array([facts["legal"] for facts in row.about])
         right.append(np.mean((legal[:, None] >> np.arange(law.letters) & 1) @ (said / said.sum())))
     assert abs(np.mean(right) - law.plateau) < 0.015
+
+
+def test_right_is_what_may_follow():
+    """A model that always says one letter is right wherever it may stand."""
+    rows = LAW.rows(LAW.test_seed(), np.arange(50))
+    may = [np.mean([facts >> 2 & 1 for facts in legal if facts >= 0]) for legal in rows.about["legal"]]
+
+    def says(letter):
+        return lambda batch, _: (np.full_like(batch.ids_BT, letter), np.zeros(batch.ids_BT.shape))
+
+    (score,) = evaluate(says(2), [Part(LAW, 50)])
+    assert np.isclose(score.accuracy, np.mean(may)) and 0.1 < score.accuracy < 0.9
+    (score,) = evaluate(says(LAW.letters), [Part(LAW, 50)])
+    assert score.accuracy == 0
 
 
 @pytest.mark.parametrize(

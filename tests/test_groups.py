@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from said import fits, rows_of
+from said import digest, fits, rows_of
 
 from probes.tasks.groups import Groups, table, trials
 from training.data import DataError
@@ -104,6 +104,19 @@ def test_rows_are_uniform():
     fits(np.bincount(rows.labels_NT.max(1)))
     every = Groups("S3", 9).rows(1, np.arange(12_000)).labels_NT
     fits(np.bincount(every[:, 7] * 6 + every[:, 8]))  # one product says nothing of the next
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Groups("A5"), "635cd1d02e31684d"),
+        (Groups("A4xZ5", 12, "last", 3), "ec0c74aa8d92ec5a"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 def test_trials():

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from said import fits, near, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import draws, mad
 from probes.tasks.compression import Compression
@@ -191,6 +191,11 @@ def test_blanks_fall_into_gaps(blanks):
     fits([gaps[cell] for cell in cells], [ways[cell] / len(share) for cell in cells])
 
 
+def test_harder():
+    law = SelectiveCopy(length=33, tokens=8)
+    assert law.harder() == SelectiveCopy(length=33, tokens=16) and law.harder().harder() is None
+
+
 def test_compression_is_of_the_row_itself():
     law = Compression(vocab=6, length=9)
     assert law.bottleneck and not RECALL.bottleneck
@@ -223,6 +228,25 @@ def test_memorisation_is_of_one_map():
     for seed in range(500):
         used[dataclasses.replace(law, map=seed).value_of() - 11] += 1
     assert (np.abs(used - 500 * 11 / 12) < 4 * (500 * 11 / 12 / 12) ** 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (InContext(), "75ec8e405b3403af"),
+        (dataclasses.replace(mad.NOISY, targets="all"), "4c4a4f161ca31719"),
+        (Fuzzy(), "3fdc83f69b66e051"),
+        (Fuzzy(vocab=64, shortest=3), "76404115543d5cc5"),
+        (SelectiveCopy(), "72035cdaa49bdb7b"),
+        (SelectiveCopy(blanks="before"), "0c1deb2511d264aa"),
+        (Compression(), "708f5b814ab617c9"),
+        (Memorize(), "4ecd4196089df0ee"),
+    ],
+    ids=str,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy; others must have another `version`."""
+    assert digest(law) == golden
 
 
 def test_published_settings():

@@ -179,18 +179,25 @@ def _trial(law: Arithmetic) -> Trial:
     """Trained to 40 tokens, asked to eight times as many."""
     ranges = ((2, 40), (42, 80), (82, 160), (162, 320))
     tests = tuple(Part(dataclasses.replace(law, shortest=low, length=high), 256) for low, high in ranges)
-    return Trial(Probe(B=64, train=(Part(law),), test=tests), steps=5_000, lr=3e-3, blocks=2, mlp=True)
+    return Trial(
+        Probe(B=64, train=(Part(law),), test=tests), steps=5_000, lr=3e-3, blocks=2, mlp=True, about=_about(law)
+    )
 
 
 def _smoke(law: Arithmetic) -> Trial:
     longer = dataclasses.replace(law, shortest=18, length=32)
-    return Trial(Probe(B=64, train=(Part(law),), test=(Part(law, 128), Part(longer, 128))), steps=500, mlp=True)
+    data = Probe(B=64, train=(Part(law),), test=(Part(law, 128), Part(longer, 128)))
+    return Trial(data, steps=500, mlp=True, about=_about(law))
 
 
 def _paper(law: Arithmetic) -> Trial:
     long = dataclasses.replace(law, shortest=40, length=256)
     data = Probe(B=256, train=(Part(law),), test=(Part(law, 8_192), Part(long, 8_192)))
-    return Trial(data, steps=100_000, lr=1e-3, D=128, blocks=2)
+    return Trial(data, steps=100_000, lr=1e-3, D=128, blocks=2, about=_about(law))
+
+
+def _about(law: Arithmetic) -> str:
+    return f"Modular arithmetic with{'' if law.brackets else 'out'} brackets: what is the value of an expression?"
 
 
 _BRACKETS = Arithmetic(brackets=True, times=False)

@@ -127,14 +127,20 @@ def _trials(name: str, group: str, length: int) -> dict[str, Trial]:
     twice = dataclasses.replace(small, length=2 * small.length)
     smoke = Probe(B=64, train=(Part(small),), test=(Part(small, 128), Part(twice, 64)))
     return {
-        name: Trial(Probe(B=64, train=(Part(law),), test=tests), steps=5_000, lr=3e-3, mlp=True),
-        f"{name}@smoke": Trial(smoke, steps=500, mlp=True),
+        name: Trial(Probe(B=64, train=(Part(law),), test=tests), steps=5_000, lr=3e-3, mlp=True, about=_about(group)),
+        f"{name}@smoke": Trial(smoke, steps=500, mlp=True, about=_about(group)),
     }
+
+
+def _about(group: str) -> str:
+    if group[0] == "Z":
+        return f"State tracking: the sum modulo {group[1:]} of all tokens so far."
+    return f"State tracking: the product of all elements so far, in {group}."
 
 
 def _paper(train: Groups, *tests: Groups, rows: int) -> Trial:
     data = Probe(B=256, train=(Part(train),), test=tuple(Part(test, rows) for test in tests))
-    return Trial(data, steps=20_000, lr=1e-3, D=128, blocks=2)
+    return Trial(data, steps=20_000, lr=1e-3, D=128, blocks=2, about=_about(train.group))
 
 
 _PARITY = Groups("Z2", 40, "last", 3)

@@ -35,7 +35,7 @@ from probes.tasks.memorize import Memorize
 from probes.tasks.selective_copy import SelectiveCopy
 from probes.tasks.task import Part, Probe, Task, Trial
 
-_NOISY = InContext(vocab=32, noise=0.2, noise_words=16)
+NOISY = InContext(vocab=32, noise=0.2, noise_words=16)
 
 # What is trained on, and what is asked; rows to train on; what is varied, by field.
 _ROWS = (6_400, 3_200, 1_600, 800)
@@ -55,8 +55,8 @@ PUBLISHED: dict[str, tuple[Task, Task, int, dict[str, tuple[Any, ...]]]] = {
         {"vocab": _VOCABS, "length": _LENGTHS, "rows": _ROWS},
     ),
     "mad_noisy": (
-        dataclasses.replace(_NOISY, targets="all"),
-        _NOISY,
+        dataclasses.replace(NOISY, targets="all"),
+        NOISY,
         12_800,
         {"vocab": (48, 80, 144), "length": _LENGTHS, "rows": _ROWS, "noise": (0.4, 0.6, 0.8)},
     ),
@@ -78,7 +78,14 @@ PUBLISHED: dict[str, tuple[Task, Task, int, dict[str, tuple[Any, ...]]]] = {
 
 def _published(train: Task, test: Task, rows: int) -> Trial:
     data = Probe(B=128, train=(Part(train, rows),), test=(Part(test, 1_280),))
-    return Trial(data, steps=200 * -(-rows // 128), lr=5e-4, D=128, blocks=2, conv=False, mlp=True)
+    return Trial(data, steps=200 * -(-rows // 128), lr=5e-4, D=128, blocks=2, conv=False, mlp=True, about=_about(test))
+
+
+def _about(law: Task) -> str:
+    """Of the two tasks that share a file."""
+    if not isinstance(law, InContext):
+        return ""
+    return f"In-context recall{' among noise' if law.noise else ''}, one of MAD's tasks (Poli et al. 2024)."
 
 
 def sweep() -> dict[str, Trial]:
@@ -104,19 +111,19 @@ def _small(law: Any, *changes: dict[str, Any], rows: int = 12_800, asked: int = 
     """Trained on a law, and asked by it and its changes."""
     tests = (law, *(dataclasses.replace(law, **change) for change in changes))
     data = Probe(B=128, train=(Part(law, rows),), test=tuple(Part(test, asked) for test in tests))
-    return Trial(data, **{"mlp": True} | trial)
+    return Trial(data, mlp=True, about=_about(law), **trial)
 
 
-_HALF_NOISY = dataclasses.replace(_NOISY, length=64)
+_SHORT_NOISY = dataclasses.replace(NOISY, length=64)
 _SHORT_FUZZY = Fuzzy(length=64, key=2, value=2)
 
 trials = {
     "mad_recall": _small(InContext(length=64), *({"length": L} for L in (128, 256, 512)), steps=1_000),
     "mad_recall@smoke": _small(InContext(length=32), rows=1_280, asked=128, steps=300),
     "mad_noisy": _small(
-        _HALF_NOISY, {"length": 128}, {"length": 256}, {"length": 512}, {"noise": 0.4}, {"noise": 0.8}, steps=1_000
+        _SHORT_NOISY, {"length": 128}, {"length": 256}, {"length": 512}, {"noise": 0.4}, {"noise": 0.8}, steps=1_000
     ),
-    "mad_noisy@smoke": _small(dataclasses.replace(_NOISY, length=32), rows=1_280, asked=128, steps=300),
+    "mad_noisy@smoke": _small(dataclasses.replace(NOISY, length=32), rows=1_280, asked=128, steps=300),
     "mad_fuzzy": _small(
         _SHORT_FUZZY, {"shortest": 2}, {"length": 128}, {"length": 256}, {"length": 512}, steps=2_000, blocks=2
     ),

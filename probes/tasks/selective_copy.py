@@ -55,6 +55,10 @@ class SelectiveCopy(Task):
     def plateau(self) -> float:
         return 1 / self.tokens + (1 - 1 / self.tokens) / (self.vocab - 2)
 
+    def harder(self) -> "SelectiveCopy | None":
+        tokens = 2 * self.tokens
+        return dataclasses.replace(self, tokens=tokens) if 2 * tokens < self.length else None
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda index: self._rows(seed, index), index_N, self.length)
 
