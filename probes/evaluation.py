@@ -100,7 +100,9 @@ def _evaluate(answer: Answer, part: Part, slice: dict[str, Any], seed: int | Non
             at_questions(np.asarray(x)[: len(rows.ids_NT)], rows.labels_NT) for x in answer(batch, task.asked)
         )
         label = at_questions(rows.labels_NT, rows.labels_NT)
-        right = best == label if "legal" not in rows.about else rows.about["legal"] >> best & 1 == 1
+        right = best == label
+        if "legal" in rows.about:
+            right = rows.about["legal"][:, : best.shape[1]] >> best & 1 == 1
         mine = {**rows.about, "label": label, "right": right & (label != NOT_ASKED), "nats": nats}
         found.append({name: _columns(x, task.asked) for name, x in mine.items()})
     about = {name: np.concatenate([batch[name] for batch in found]) for name in found[0] if name != "legal"}

@@ -84,6 +84,25 @@ def distinct(seed: int, stream: int, index_N: Ints, count: int, below: int) -> I
     return out_NC
 
 
+def motifs(seed: int, stream: int, index_N: Ints, groups: int, count: int, below: int | Ints) -> Ints:
+    """Groups of `count` different integers from 0..below-1, each in random order: int64 [N, groups, count].
+
+    For few integers: the work grows with the square of `count`. Of a group, the first some are such a group too.
+
+    below: of all groups, or of each, an array that goes with [N, groups]; where it is less than `count`, only so many
+        of a group are different.
+    """
+    N = len(index_N)
+    # The next integer is the draw-th of those that are left.
+    left = np.maximum(np.broadcast_to(below, [N, groups])[:, :, None] - np.arange(count), 1)
+    out_NGC = integers(seed, stream, index_N, groups * count, left.reshape(N, -1)).reshape(N, groups, count)
+    for c in range(1, count):
+        taken = np.sort(out_NGC[:, :, :c], axis=2)
+        for b in range(c):
+            out_NGC[:, :, c] += out_NGC[:, :, c] >= taken[:, :, b]
+    return out_NGC
+
+
 def weighted_order(seed: int, stream: int, index_N: Ints, weights: npt.NDArray[np.float64], count: int) -> Ints:
     """`count` different places of `weights`, drawn one after another without replacement: int64 [N, count].
 
