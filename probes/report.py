@@ -69,7 +69,15 @@ def _section(probe: str, rows: list[Row], folder: Path) -> list[str]:
 def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -> list[str]:
     first = rows[0]
     longest = max(int(T) for T in first["state_bytes"])
-    head = ["model", *map(named, slices), f"state, bytes ({longest:,} tokens)", "parameters", "steps to goal", "CPU s"]
+    head = [
+        "model",
+        "seeds",
+        *map(named, slices),
+        f"state, bytes ({longest:,} tokens)",
+        "parameters",
+        "steps to goal",
+        "CPU s",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for model in models:
         mine = [row for row in rows if row["model"] == model]
@@ -79,14 +87,14 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         goal = f"{np.median(reached):,.0f}" if len(reached) == len(steps) else f"{len(reached)} of {len(steps)} seeds"
         spent = f"{np.median([row['cpu_seconds'] for row in mine]):.0f}"
         facts = [f"{_bytes(rows, model, longest):,}", f"{mine[0]['parameters']:,}", goal, spent]
-        lines.append(f"| {' | '.join([model, *accuracies, *facts])} |")
+        lines.append(f"| {' | '.join([model, str(len(mine)), *accuracies, *facts])} |")
     for name in ("plateau", "chance"):
         guesses = ["" if score[name] is None else f"{score[name]:.3f}" for score in first["scores"]]
         if any(guesses):
-            lines.append(f"| *{name}* | {' | '.join(guesses)} | | | | |")
+            lines.append(f"| *{name}* | | {' | '.join(guesses)} | | | | |")
     trained = f"{first['rows_trained']:,} rows, {first['tokens']:,} tokens, {first['steps']:,} steps"
     rows_said = ", ".join(f"{score['rows']:,}" for score in first["scores"])
-    said = f"Mean over {seeds} seeds (least to most)" if seeds > 1 else "One seed"
+    said = "Mean over seeds (least to most)" if seeds > 1 else "One seed"
     return [
         *lines,
         "",

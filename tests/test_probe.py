@@ -67,7 +67,7 @@ def test_small_models_are_trained_asked_and_reported(capsys, tmp_path, monkeypat
     code, out, _ = ask(capsys, "LinearAttention", *SMOKE, "--layer.H", 2, "--D", 16, "--folder", tmp_path)
     assert code == 0 and "LinearAttention H=2, seed 0" in out
     (row,) = Ledger(tmp_path / "probe.jsonl").rows
-    assert (row["steps"], row["tokens"], row["rows_trained"]) == (2, 2 * 128 * 32, 256)
+    assert (row["steps"], row["tokens"], row["rows_trained"]) == (2, 2 * 64 * 32, 128)
     assert [score["rows"] for score in row["scores"]] == [128]
     assert row["scores"][0]["law"] == "MQAR(vocab=256, length=32, pairs=4, filler='conflict_free', order='drawn', " + (
         "exponent=0.01, passes=1, again='same') v1"

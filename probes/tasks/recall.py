@@ -162,25 +162,22 @@ BASED = Probe(
 )
 
 
-def _small(law: MQAR, *tests: MQAR, rows: int = 512) -> Probe:
-    return Probe(B=128, train=(Part(law),), test=tuple(Part(test, rows) for test in (law, *tests)))
+_LAW = MQAR(vocab=256, length=32, pairs=4, filler="conflict_free")
 
 
-_LAW = MQAR(vocab=256, length=64, pairs=4, filler="conflict_free")
+def _small(trained: MQAR, *sizes: tuple[int, int], rows: int = 512) -> Probe:
+    """Trained on one law, asked that and rows of other (length, pairs)."""
+    tests = [trained, *(dataclasses.replace(trained, length=length, pairs=pairs) for length, pairs in sizes)]
+    return Probe(B=64, train=(Part(trained),), test=tuple(Part(test, rows) for test in tests))
+
 
 trials = {
-    "mqar": Trial(
-        _small(
-            _LAW,
-            dataclasses.replace(_LAW, pairs=8),
-            dataclasses.replace(_LAW, length=128, pairs=8),
-            dataclasses.replace(_LAW, length=128, pairs=16),
-        )
-    ),
-    "mqar@smoke": Trial(_small(dataclasses.replace(_LAW, length=32), rows=128), steps=100),
+    "mqar": Trial(_small(_LAW, (32, 8), (64, 4), (64, 16), (256, 4), (256, 64)), steps=600),
+    "mqar@smoke": Trial(_small(_LAW, rows=128), steps=150),
     "mqar@based": Trial(BASED, steps=32 * 707, lr=3e-3),
     "passes": Trial(
-        _small(dataclasses.replace(_LAW, pairs=8, passes=2), dataclasses.replace(_LAW, pairs=8)),
+        _small(dataclasses.replace(_LAW, passes=2), (64, 4), (64, 8)),
+        steps=600,
         about="MQAR whose pairs are said twice before they are asked for.",
     ),
 } | {f"mqar@zoology{n}": Trial(probe, steps=64 * 196) for n, probe in enumerate(figure2_of_zoology(), 1)}
