@@ -172,7 +172,7 @@ def _small(trained: MQAR, *sizes: tuple[int, int], rows: int = 512) -> Probe:
 
 
 trials = {
-    "mqar": Trial(_small(_LAW, (32, 8), (64, 4), (64, 16), (256, 4), (256, 64)), steps=600),
+    "mqar": Trial(_small(_LAW, (32, 8), (64, 4), (64, 16), (128, 4), (128, 32)), steps=600),
     "mqar@smoke": Trial(_small(_LAW, rows=128), steps=150),
     "mqar@based": Trial(BASED, steps=32 * 707, lr=3e-3),
     "passes": Trial(
