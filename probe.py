@@ -14,7 +14,7 @@ probe and asked it. What was done is kept in FOLDER/probe.jsonl: the same comman
   python probe.py RUN --help                      options for a trained model
   python probe.py GatedDeltaNet --help            options, and every field of a layer
   python probe.py GatedDeltaNet Attention --probes mqar overwrite --seeds 3
-  python probe.py DeltaNet --layer.negative_eigenvalues True --probes parity
+  python probe.py DeltaNet --layer.negative_eigenvalues --probes parity
 """
 
 
