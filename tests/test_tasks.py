@@ -7,8 +7,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import said
 
 from probes.tasks import task
+from probes.tasks.dances import Dances
+from probes.tasks.disjointness import Disjointness
+from probes.tasks.facts import Facts
+from probes.tasks.overwrite import Overwrite
+from probes.tasks.recall import MQAR
 from training.data import NOT_ASKED
 
 TRIALS = task.discover()
@@ -100,3 +106,20 @@ def test_every_trial_is_well_made():
         data = trial.data.build()
         batch = data.batch(0, 1, slice(0, 2))
         assert batch.ids_BT.shape == (2, trial.data.T) and (batch.labels_BT != NOT_ASKED).any()
+
+
+@pytest.mark.parametrize(
+    ("law", "golden"),
+    [
+        (Dances(delay=3), "7f31c981ddf7a3bf"),
+        (Facts(), "c16380f0ad41b52f"),
+        (Overwrite(), "a188ecc9f8d533e4"),
+        (Disjointness(), "2256f624b0286fb1"),
+        (Disjointness(first=9, reading="twice"), "d68ac941e89710b7"),
+        (MQAR(passes=3, again="shuffled"), "fc689046574b8b29"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_golden(law, golden):
+    """The same rows on every machine, Python and numpy: results of different days can be compared."""
+    assert said.digest(law) == golden
