@@ -10,6 +10,7 @@ import laws
 import pytest
 from flax import nnx
 
+from probes.tasks import task
 from training import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,3 +64,8 @@ def test_the_readme_names_what_exists():
         assert (ROOT / path).is_file(), path
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+
+
+def test_every_probe_is_in_the_page_on_probes():
+    text = (ROOT / "docs" / "probes.md").read_text()
+    assert [name for name in task.discover() if "@" not in name and f"| `{name}` |" not in text] == []
