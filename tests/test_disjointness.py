@@ -45,6 +45,8 @@ def test_every_token_and_place_is_as_likely():
     rows = Disjointness(vocab=14, first=3, second=4).rows(1, np.arange(5000))
     answer = rows.labels_NT[:, -1]
     places = [(rows.ids_NT[:, part] == answer[:, None]).argmax(1) for part in (slice(1, 4), slice(5, 9))]
+    parrot = np.mean(rows.ids_NT[np.arange(5000), 1 + np.arange(5000) % 3] == answer)
+    assert abs(parrot - 1 / 3) < 4 * (2 / 9 / 5000) ** 0.5  # the plateau: some token of the smaller set
     for found, options in ((answer - 4, 10), (places[0], 3), (places[1], 4), (rows.ids_NT[:, 1] - 4, 10)):
         count = np.bincount(found, minlength=options)
         assert len(count) == options

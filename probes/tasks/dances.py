@@ -6,7 +6,8 @@ A text's form of the ballet of Lampinen et al. 2021 (arXiv 2105.14039): there an
 by a delay, and is asked for one. Each row has `dances` names of their own, of words 1..names, and for each `moves`
 words of names+1..vocab-1, drawn anew; `delay` tokens 0 follow each. Then one of the names comes again and its moves
 are asked for: the first at the name, each next one at the move before it (a move says little by itself: it may occur
-in each dance). Chance: 1 / (vocab - names - 1). Plateau: 1 / dances, the moves of some dance of the row.
+in each dance). Chance: 1 / (vocab - names - 1). Plateau: the moves of some dance of the
+row, 1 / dances and what chance adds.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Dances(Task):
 
     @property
     def plateau(self) -> float:
-        return 1 / self.dances
+        return 1 / self.dances + (1 - 1 / self.dances) * self.chance  # moves may be the same by chance
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         N = len(index_N)
