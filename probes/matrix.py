@@ -53,15 +53,18 @@ def picture(name: str, alt: str) -> str:
     )
 
 
+Cell = tuple[float, float] | None  # mean over seeds, and half of the range between the least and the most
+
+
 def matrix(
     title: str,
     panels: Mapping[str, Sequence[str]],
-    values: Mapping[str, Mapping[str, Sequence[float | None]]],
-    guides: Mapping[str, Sequence[float | None]] | None = None,
+    values: Mapping[str, Mapping[str, Sequence[Cell]]],
+    guides: Mapping[str, Sequence[Cell]] | None = None,
 ) -> Draw:
-    """A picture of accuracies in cells: `values` by model and panel, a number for each column that `panels` names.
+    """A picture of accuracies in cells: `values` by model and panel, a cell for each column that `panels` names.
 
-    guides: by panel, what guessing reaches, as a last row. A cell without a number was not asked.
+    guides: by panel, what guessing reaches, as a last row. None: not asked.
     """
     models = list(values)
     names = [*models, "guessing"] if guides else models
@@ -69,21 +72,23 @@ def matrix(
     def draw(dark: bool) -> Figure:
         widths = [max(1, len(columns)) for columns in panels.values()]
         longest = max((len(c) for columns in panels.values() for c in columns), default=1)
-        cell = 0.56
+        every = [cell for row in values.values() for panel in row.values() for cell in panel if cell is not None]
+        width = 0.56 if all(spread < 0.005 for _, spread in every) else 0.7
         figure = Figure(
-            figsize=(2.2 + cell * sum(widths) + 0.25 * len(panels), 1.1 + 0.09 * longest + 0.27 * len(names)),
+            figsize=(2.2 + width * sum(widths) + 0.25 * len(panels), 1.1 + 0.09 * longest + 0.27 * len(names)),
             layout="constrained",
         )
         grid = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
         colours = matplotlib.colormaps["cividis"]
         for number, (axes, (panel, columns)) in enumerate(zip(grid, panels.items(), strict=True)):
             rows = [list(values[model][panel]) for model in models] + ([list(guides[panel])] if guides else [])
-            table = np.array([[math.nan if x is None else x for x in row] for row in rows], float)
+            table = np.array([[math.nan if cell is None else cell[0] for cell in row] for row in rows], float)
             axes.imshow(table, cmap=colours, vmin=0, vmax=1, aspect="auto")
-            for (r, c), x in np.ndenumerate(table):
-                if not math.isnan(x):
-                    shade = "#000000" if x > 0.55 else "#ffffff"
-                    axes.text(c, r, _short(x), ha="center", va="center", fontsize=7.5, color=shade)
+            for r, row in enumerate(rows):
+                for c, cell in enumerate(row):
+                    if cell is not None:
+                        shade = "#000000" if cell[0] > 0.55 else "#ffffff"
+                        axes.text(c, r, _said(*cell), ha="center", va="center", fontsize=7.5, color=shade)
             axes.set_xticks(range(len(columns)), columns, rotation=90 if longest > 5 else 0, fontsize=7.5)
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=8)
             axes.tick_params(length=0)
@@ -95,6 +100,10 @@ def matrix(
         return figure
 
     return draw
+
+
+def _said(mean: float, spread: float) -> str:
+    return _short(mean) if spread < 0.005 else f"{_short(mean)} ±{_short(spread)}"
 
 
 def _short(x: float) -> str:
@@ -146,10 +155,10 @@ def _labels(axes: Axes, at: Sequence[tuple[float, float, str]]) -> None:
         )  # fmt: skip
 
 
-def cells(mean: Sequence[Any]) -> list[float | None]:
-    """Means over seeds of lists of numbers; None where no seed has one."""
-    out: list[float | None] = []
-    for column in zip(*mean, strict=True):
+def cells(seeds: Sequence[Sequence[float | None]]) -> list[Cell]:
+    """Cells of lists of numbers, a list for each seed; None where no seed has a number."""
+    out: list[Cell] = []
+    for column in zip(*seeds, strict=True):
         known = [x for x in column if x is not None]
-        out.append(float(np.mean(known)) if known else None)
+        out.append((float(np.mean(known)), (max(known) - min(known)) / 2) if known else None)
     return out

@@ -75,16 +75,16 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         *map(named, slices),
         f"state, bytes ({longest:,} tokens)",
         "parameters",
-        "steps to goal",
-        "CPU s",
+        "steps to goal (CPU s)",
+        "CPU s in all",
     ]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         accuracies = [_spread([row["scores"][i]["accuracy"] for row in mine]) for i in range(len(slices))]
-        steps = [row["goal_step"] for row in mine]
-        reached = sorted(s for s in steps if s is not None)
-        goal = f"{np.median(reached):,.0f}" if len(reached) == len(steps) else f"{len(reached)} of {len(steps)} seeds"
+        reached = [(row["goal_step"], row["goal_cpu_seconds"]) for row in mine if row["goal_step"] is not None]
+        steps, seconds = np.median(reached, axis=0) if reached else (0, 0)
+        goal = f"{steps:,.0f} ({seconds:.0f})" if len(reached) == len(mine) else f"{len(reached)} of {len(mine)} seeds"
         spent = f"{np.median([row['cpu_seconds'] for row in mine]):.0f}"
         facts = [f"{_bytes(rows, model, longest):,}", f"{mine[0]['parameters']:,}", goal, spent]
         lines.append(f"| {' | '.join([model, str(len(mine)), *accuracies, *facts])} |")
@@ -121,7 +121,7 @@ def _by_slice(probe: str, rows: list[Row], models: list[str], slices: list[dict]
     panel = " / ".join(slices[0])
     mine = {m: [[s["accuracy"] for s in row["scores"]] for row in rows if row["model"] == m] for m in models}
     scores = rows[0]["scores"]
-    guides = {panel: [s["chance"] if s["plateau"] is None else s["plateau"] for s in scores]}
+    guides = {panel: cells([[s["chance"] if s["plateau"] is None else s["plateau"] for s in scores]])}
     return matrix(f"{probe}: accuracy", {panel: columns}, {m: {panel: cells(mine[m])} for m in models}, guides)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from models.lm import LanguageModel
-from probes.matrix import both, matrix, picture
+from probes.matrix import both, cells, matrix, picture
 from probes.small_runs import Ledger
 from probes.text import DEPTHS, FORMS, Reader, Source, ask
 from training.data import DataError, Dataset
@@ -69,7 +69,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
     panels = {"tokens said right": columns, "whole answers": columns}
     values = {
         form: {
-            panel: [latest[form, length][key] if (form, length) in latest else None for length in lengths]
+            panel: cells([[latest.get((form, length), {}).get(key) for length in lengths]])
             for panel, key in zip(panels, ("accuracy", "exact"), strict=True)
         }
         for form in forms
@@ -104,13 +104,14 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
     if planted:
         shares = [f"{(k + 0.5) / DEPTHS:.0%}" for k in range(DEPTHS)]
         by_length = {f"{length:,} tokens": shares for length in lengths}
-        cells = {
+        shown = {
             form: {
-                f"{length:,} tokens": _padded(latest.get((form, length), {}).get("by_depth", [])) for length in lengths
+                f"{length:,} tokens": cells([_padded(latest.get((form, length), {}).get("by_depth", []))])
+                for length in lengths
             }
             for form in planted
         }
-        both(matrix(f"{name}: tokens said right, by where it was said", by_length, cells), folder / "depths")
+        both(matrix(f"{name}: tokens said right, by where it was said", by_length, shown), folder / "depths")
         lines += ["", "By where in the document it was said (0% is the start):", ""]
         lines += [picture("depths", f"{name}: recall by depth"), ""]
     lines += ["", "```", *dict.fromkeys(row["command"] for row in rows if "command" in row), "```"]
