@@ -84,8 +84,8 @@ def theirs(name: str, rows: int, checkouts: dict[str, str]) -> Callable[[], Any]
     return lambda: [getattr(module, which)(rng=draw, multi_query=True, **given) for _ in range(rows)]
 
 
-def load(make: Callable[[str, int], Callable[[], Any]], name: str, rows: int) -> Loaded:
-    run = make(name, rows)
+def load(make: Callable[[str, int], Callable[[], Any]], task: str, rows: int) -> Loaded:
+    run = make(task, rows)
     run()  # what is drawn once for all rows is not a row's cost
     tracemalloc.start()
     kept = run()
@@ -131,19 +131,19 @@ def compare(options: argparse.Namespace) -> None:
         "| task | rows a CPU second | goal | extra bytes a row | peer's rows a CPU second | its bytes a row | times |"
     )
     lines = [head, "|---|" + "---:|" * 6]
-    console.print(head)
+    console.print(head, soft_wrap=True)
     with (
         Contestant(MODULE, "--serve", "ours", core=options.core) as ours,
         Contestant(MODULE, *asked, python=options.python, core=options.core) as peer,
     ):
         for name in (name for name in names if name in known):
-            facts = ours.load(name, rows=10_000)
+            facts = ours.load(name, task=name, rows=10_000)
             runs, other = [(ours, name)], None
             which = "" if name not in PAIRED else "zoology" if PAIRED[name][0] == "zoology" else "mad"
             if which and getattr(options, which):
                 rows = BATCH.get(PAIRED[name][0], 50)
                 try:
-                    other = peer.load(name, rows=rows)
+                    other = peer.load(name, task=name, rows=rows)
                     runs.append((peer, name))
                 except Failed as failed:
                     console.print(f"{name}: no figure of the peer: {failed}")
@@ -158,7 +158,7 @@ def compare(options: argparse.Namespace) -> None:
             else:
                 row += ["", "", ""]
             lines.append(f"| {' | '.join(row)} |")
-            console.print(lines[-1])
+            console.print(lines[-1], soft_wrap=True)
     if options.write:
         said = time.strftime("%Y-%m-%d")
         command = f"python -m benchmarks.generators --rounds {options.rounds}"
