@@ -60,9 +60,9 @@ def ask_run(folder: Path, flags: Sequence[str], command: str) -> Path:
     T = experiment.data.T
     where = options.folder or folder / "probes"
     ledger = Ledger(where / "probe.jsonl")
-    key = {"run": folder.name, "step": newest(folder) if options.step is None else options.step, "command": command}
+    key = {"run": folder.name, "step": newest(folder) if options.step is None else options.step}
     lengths = options.lengths or tuple(T * k for k in (1, 2, 4, 8, 16))
-    text_report.run(ledger, trained, key, options.probes, lengths, options.rows, options.batch, Console())
+    text_report.run(ledger, trained, key, options, lengths, command, Console())
     mine = [row for row in ledger.rows if (row["run"], row["step"]) == (key["run"], key["step"])]
     if not mine:
         raise ConfigError("nothing could be asked: give longer documents with --lengths")

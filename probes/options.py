@@ -65,6 +65,7 @@ class OfRun:
     probes: passkey, needle, phonebook, copying, order, read_twice.
     lengths: of the documents, in tokens; none for 1, 2, 4, 8 and 16 times the training length.
     rows: questions of each kind and length. batch: rows read at once.
+    twice: each prompt is read twice before it is answered, as recurrent models like it (JRT-prompt).
     step: the checkpoint to ask; None for the newest.
     folder: where probe.jsonl and the report are; None for the run's own folder, probes/.
     """
@@ -73,6 +74,7 @@ class OfRun:
     lengths: tuple[int, ...] = ()
     rows: int = 64
     batch: int = 16
+    twice: bool = False
     step: int | None = None
     folder: Path | None = None
 

@@ -73,6 +73,8 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         "model",
         "seeds",
         *map(named, slices),
+        "balanced",
+        "whole answers",
         f"state, bytes ({longest:,} tokens)",
         "parameters",
         "steps to goal (CPU s)",
@@ -86,12 +88,13 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         steps, seconds = np.median(reached, axis=0) if reached else (0, 0)
         goal = f"{steps:,.0f} ({seconds:.0f})" if len(reached) == len(mine) else f"{len(reached)} of {len(mine)} seeds"
         spent = f"{np.median([row['cpu_seconds'] for row in mine]):.0f}"
-        facts = [f"{_bytes(rows, model, longest):,}", f"{mine[0]['parameters']:,}", goal, spent]
+        means = [f"{np.mean([s[key] for row in mine for s in row['scores']]):.3f}" for key in ("balanced", "exact")]
+        facts = [*means, f"{_bytes(rows, model, longest):,}", f"{mine[0]['parameters']:,}", goal, spent]
         lines.append(f"| {' | '.join([model, str(len(mine)), *accuracies, *facts])} |")
     for name in ("plateau", "chance"):
         guesses = ["" if score[name] is None else f"{score[name]:.3f}" for score in first["scores"]]
         if any(guesses):
-            lines.append(f"| *{name}* | | {' | '.join(guesses)} | | | | |")
+            lines.append(f"| *{name}* | | {' | '.join(guesses)} | | | | | | |")
     trained = f"{first['rows_trained']:,} rows, {first['tokens']:,} tokens, {first['steps']:,} steps"
     rows_said = ", ".join(f"{score['rows']:,}" for score in first["scores"])
     said = "Mean over seeds (least to most)" if seeds > 1 else "One seed"
@@ -99,7 +102,8 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         *lines,
         "",
         f"{said}. Trained on {trained}. Goal: {first['goal']:.0%} of held-out questions like those trained on. "
-        f"Test rows: {rows_said}. Law of the first column: `{first['scores'][0]['law']}`.",
+        "Balanced: each word that is an answer weighs the same, as in MAD; whole answers: every token right; both are "
+        f"means over the slices. Test rows: {rows_said}. Law of the first column: `{first['scores'][0]['law']}`.",
     ]
 
 

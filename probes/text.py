@@ -241,10 +241,19 @@ class Reader:
 
 
 def ask(
-    reader: Reader, source: Source, form: str, length: int, *, rows: int, batch: int, seed: int = 0
+    reader: Reader,
+    source: Source,
+    form: str,
+    length: int,
+    *,
+    rows: int,
+    batch: int,
+    twice: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A row of results: a form of question asked `rows` times in documents of `length` tokens.
 
+    twice: each prompt is read twice before the answer (JRT-prompt, arXiv 2407.05483).
     Raises DataError where so short a document cannot hold the question.
     """
     start = time.perf_counter()
@@ -252,6 +261,8 @@ def ask(
     firsts: list[tuple[float, float]] = []
     for some in (range(first, min(first + batch, rows)) for first in range(0, rows, batch)):
         made = [FORMS[form](source, draws.fold(VERSION, seed), index, length) for index in some]
+        if twice:
+            made = [dataclasses.replace(row, before=row.before + row.before[len(source.start) :]) for row in made]
         nll, right, own = reader([(row.before, row.answer) for row in made])
         count = own.sum(1)
         if made[0].other is not None:  # the likelier of two
@@ -264,10 +275,12 @@ def ask(
         found += list(zip(right.sum(1) / count, right.sum(1) == count, nll.sum(1) / count, depths, strict=True))
     shares = np.array([row[0] for row in found])
     depth = np.array([row[3] for row in found])
+    longest = length * (2 if twice else 1)
     return {
         "probe": form,
         "version": VERSION,
         "length": length,
+        "twice": twice,
         "rows": rows,
         "rows_seed": seed,
         "accuracy": float(shares.mean()),
@@ -277,7 +290,7 @@ def ask(
         "by_depth": [float(shares[depth == k].mean()) for k in np.unique(depth)],
         "first_accuracy": float(np.mean([hit for _, hit in firsts])) if firsts else None,
         "first_nats": float(np.mean([nll for nll, _ in firsts])) if firsts else None,
-        "state_bytes": state_bytes(jax.eval_shape(lambda model: model, reader.model), length),
-        "temporary_bytes": reader.temporary(min(batch, rows), length),
+        "state_bytes": state_bytes(jax.eval_shape(lambda model: model, reader.model), longest),
+        "temporary_bytes": reader.temporary(min(batch, rows), longest),
         "seconds": time.perf_counter() - start,
     }

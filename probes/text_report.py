@@ -8,6 +8,7 @@ from rich.console import Console
 
 from models.lm import LanguageModel
 from probes.matrix import both, cells, matrix, picture
+from probes.options import OfRun
 from probes.small_runs import Ledger
 from probes.text import DEPTHS, FORMS, Reader, Source, ask
 from training.data import DataError, Dataset
@@ -21,32 +22,33 @@ ABOUT = {
     "order": "which of two passages came first: the likelier of two letters, so chance is 1/2",
     "read_twice": "a passage read again: every token of the second reading",
 }
+TWICE = ", twice"
 
 
 def run(
     ledger: Ledger,
     trained: tuple[LanguageModel, Experiment, Dataset],
     key: dict[str, Any],
-    forms: Sequence[str],
+    options: OfRun,
     lengths: Sequence[int],
-    rows: int,
-    batch: int,
+    command: str,
     console: Console,
 ) -> None:
-    """Asks what the ledger does not have. key: what names the model (run, step)."""
+    """Asks what the ledger does not have. key: what names the model (run, step). command: kept with each row."""
     model, experiment, dataset = trained
     source, reader = Source(dataset), Reader(model)
-    for form in forms:
+    rows, twice = options.rows, options.twice
+    for form in options.probes:
         for length in lengths:
-            if ledger.has(**key, probe=form, length=length, rows=rows):
+            if ledger.has(**key, probe=form, length=length, rows=rows, twice=twice):
                 continue
             try:
                 with console.status(f"{form}, {length:,} tokens"):
-                    row = ask(reader, source, form, length, rows=rows, batch=batch)
+                    row = ask(reader, source, form, length, rows=rows, batch=options.batch, twice=twice)
             except DataError as error:
                 console.print(f"{form}, {length:,} tokens: left out: {error}")
                 continue
-            ledger.add(**key, trained_length=experiment.data.T, **row)
+            ledger.add(**key, trained_length=experiment.data.T, **row, command=command)
             console.print(said(row))
 
 
@@ -61,8 +63,9 @@ def said(row: dict[str, Any]) -> str:
 def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
     """report.md and its pictures; returns the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    latest = {(row["probe"], row["length"]): row for row in rows}
-    forms = [form for form in FORMS if any(probe == form for probe, _ in latest)]
+    latest = {(_form(row), row["length"]): row for row in rows}
+    known = [*FORMS, *(form + TWICE for form in FORMS)]
+    forms = [form for form in known if any(said == form for said, _ in latest)]
     lengths = sorted({length for _, length in latest})
     trained = rows[-1]["trained_length"]
     columns = [f"{length:,}" for length in lengths]
@@ -89,7 +92,9 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
             )
     last = rows[-1]
     lines += ["", f"{last['rows']} rows a line, checkpoint of step {last['step']:,}.", ""]
-    lines += [f"- `{form}`: {ABOUT[form]}." for form in forms]
+    lines += [f"- `{form}`: {ABOUT[form]}." for form in FORMS if form in forms or form + TWICE in forms]
+    if any(form.endswith(TWICE) for form in forms):
+        lines += [f"- `{TWICE.strip(', ')}`: the prompt is read twice before the answer (JRT-prompt)."]
     if "read_twice" in forms:
         lines += [
             "",
@@ -100,7 +105,7 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
             if (row := latest.get(("read_twice", length))) is not None:
                 saved = row["first_nats"] - row["nats"]
                 lines.append(f"| {length:,} | {row['first_accuracy']:.3f} | {row['accuracy']:.3f} | {saved:.2f} |")
-    planted = [form for form in forms if form != "read_twice"]
+    planted = [form for form in forms if form.removesuffix(TWICE) != "read_twice"]
     if planted:
         shares = [f"{(k + 0.5) / DEPTHS:.0%}" for k in range(DEPTHS)]
         by_length = {f"{length:,} tokens": shares for length in lengths}
@@ -114,10 +119,14 @@ def write(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> Path:
         both(matrix(f"{name}: tokens said right, by where it was said", by_length, shown), folder / "depths")
         lines += ["", "By where in the document it was said (0% is the start):", ""]
         lines += [picture("depths", f"{name}: recall by depth"), ""]
-    lines += ["", "```", *dict.fromkeys(row["command"] for row in rows if "command" in row), "```"]
+    lines += ["", "```", *dict.fromkeys(row["command"] for row in rows), "```"]
     path = folder / "report.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _form(row: dict[str, Any]) -> str:
+    return row["probe"] + (TWICE if row["twice"] else "")
 
 
 def _padded(values: Sequence[float]) -> list[float | None]:

@@ -154,6 +154,11 @@ def test_a_trained_model_is_asked_in_text(run, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "FORMS", {**text.FORMS, "passkey": None, "read_twice": None})
     code, again, _ = ask(capsys, run, *flags, "--probes", "passkey", "read_twice")
     assert code == 0 and "passkey, 256" not in again and (tmp_path / "report.md").read_text() == report
+    code, out, _ = ask(
+        capsys, run, "--lengths", 256, "--rows", 8, "--twice", "--folder", tmp_path, "--probes", "needle"
+    )
+    row = Ledger(tmp_path / "probe.jsonl").rows[-1]
+    assert code == 0 and row["twice"] and "| needle, twice | 256 |" in (tmp_path / "report.md").read_text()
     code, _, err = ask(capsys, run, "--probes", "mqar")
     assert code == 2 and "there is no probe 'mqar' in text" in err
     code, out, err = ask(capsys, run, "--probes", "order", "--lengths", 20, "--folder", tmp_path / "short")
