@@ -41,7 +41,8 @@ def score_tokens(
     """
     at_BN = None
     if labelled is not None and labelled < labels_BT.shape[1]:
-        _, at_BN = jax.lax.top_k((labels_BT != ASK_NOTHING).astype(jnp.int32), labelled)  # of equals, the first
+        # The labelled places first, each kind in its order. (lax.top_k would gather the rows of a mesh.)
+        at_BN = jnp.argsort(labels_BT == ASK_NOTHING, axis=1, stable=True)[:, :labelled]
         labels_BT = take(labels_BT, at_BN)
     out = model.hidden(tokens, skip=skip, at_BN=at_BN, prefix_BT=prefix_BT)
     scores = score(model, out.y_BTD, labels_BT)

@@ -47,7 +47,7 @@ class LazyAdam:
     b1: float
     b2: float
     eps: float
-    weight_decay: float
+    weight_decay: Any  # a float, or traced
     clip: float | None
 
     def __post_init__(self):

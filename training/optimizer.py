@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from models.parameters import Spec
@@ -20,7 +21,7 @@ class Optimizer(NamedTuple):
     lazy: LazyAdam | None = None
 
 
-def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule:
+def learning_rate(peak: float | Array, schedule: Schedule, steps: int) -> optax.Schedule:
     """Step (from 0) -> learning rate. The first step already moves: warm-up counts from 1."""
     warmup = min(schedule.warmup, steps)
     rest = max(steps - warmup, 1)
@@ -37,8 +38,19 @@ def learning_rate(peak: float, schedule: Schedule, steps: int) -> optax.Schedule
     return optax.join_schedules([rise, after], [warmup])
 
 
-def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs: dict[str, Spec]) -> Optimizer:
+def build_optimizer(
+    config: AdamW | Muon,
+    steps: int,
+    clip: float | None,
+    specs: dict[str, Spec],
+    *,
+    rate: float | Array = 1.0,
+    weight_decay: float | Array | None = None,
+) -> Optimizer:
     """Clipping by the global norm, then the optimiser. Weight decay spares what asks for it (`decay=False`).
+
+    rate: a factor of every learning rate. weight_decay: instead of the config's. Both may be traced, so that runs which
+    differ in them alone are one program (probes/grid.py); the state to begin with does not depend on them.
 
     Tables that are looked up have a norm of their own, so that few rows with large gradients do not rescale the rest,
     and Adam, or what `config.tables` says, at `table_lr` times the rate (Engram, arXiv 2601.07372).
@@ -46,19 +58,20 @@ def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs:
     tables = {name for name, spec in specs.items() if spec.table}
     eps = config.eps if isinstance(config, AdamW) else 1e-8
     adam_lr = config.lr if isinstance(config, AdamW) else config.adam_lr or config.lr
-    lazy, table_rate = None, learning_rate(adam_lr * config.table_lr, config.schedule, steps)
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    lazy, table_rate = None, learning_rate(rate * adam_lr * config.table_lr, config.schedule, steps)
     if tables and config.lazy_tables:
         looked_up, specs = ({n: spec for n, spec in specs.items() if spec.table == kind} for kind in (True, False))
-        lazy = LazyAdam(looked_up, table_rate, config.b1, config.b2, eps, config.weight_decay, clip)
+        lazy = LazyAdam(looked_up, table_rate, config.b1, config.b2, eps, decay, clip)
         tables = set()
 
     def decayed(params: Any) -> Any:  # of the parameters that a part of the optimiser is given
         return {name: specs[name].decay for name in params}
 
     def adam(rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.adamw(rate, config.b1, config.b2, eps, weight_decay=config.weight_decay, mask=decayed)
+        return optax.adamw(rate, config.b1, config.b2, eps, weight_decay=decay, mask=decayed)
 
-    parts = {"adam": adam(learning_rate(adam_lr, config.schedule, steps))}
+    parts = {"adam": adam(learning_rate(rate * adam_lr, config.schedule, steps))}
     kinds = dict.fromkeys(specs, "adam") | dict.fromkeys(tables, "table")
     if tables:
         parts["table"] = sinkhorn_momentum(table_rate) if config.tables == "sinkhorn" else adam(table_rate)
@@ -70,9 +83,9 @@ def build_optimizer(config: AdamW | Muon, steps: int, clip: float | None, specs:
             return {name: matrices.get(name) for name in params}
 
         parts["muon"] = muon(
-            learning_rate(config.lr, config.schedule, steps),
+            learning_rate(rate * config.lr, config.schedule, steps),
             beta=config.momentum,
-            weight_decay=config.weight_decay,
+            weight_decay=decay,
             weight_decay_mask=decayed,
             muon_weight_dimension_numbers=dimensions,
             consistent_rms=0.2,

@@ -1,0 +1,120 @@
+"""Many small runs as one program: those that differ in numbers alone (seed, learning rate, weight decay, init).
+
+A step of all of them is one call. Arms lie along a leading axis of parameters, optimiser state and numbers; arms of the
+same seed read the same rows, which are made once. Over several devices the arms are spread.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.lm import LM
+from models.parameters import Params, Structure, flatten
+from probes.evaluation import Answer
+from probes.small_runs import scored
+from training.data import Batch, Dataset
+from training.experiment import AdamW, Experiment, Muon, Train
+from training.optimizer import build_optimizer
+from training.step import init_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one run of a grid has for itself.
+
+    seed: of parameters and rows. rate: a factor of the optimiser's learning rates. weight_decay: None for the
+    optimiser's. init: a factor of the matrices that a model begins with.
+    """
+
+    seed: int = 0
+    rate: float = 1.0
+    weight_decay: float | None = None
+    init: float = 1.0
+
+
+class Numbers(NamedTuple):
+    """Of each arm, float32 [A]."""
+
+    rate: Any
+    weight_decay: Any
+
+
+class Grid:
+    """A model over a dataset, in as many arms as wanted."""
+
+    def __init__(self, model: LM, data: Dataset, optimizer: AdamW | Muon, steps: int, arms: Sequence[Arm]):
+        if not arms:
+            raise ValueError("Grid.arms is empty: give it at least one Arm")
+        self.data, self.model, self.arms = data, model, tuple(arms)
+        self.experiment = Experiment("study", model, data.config, optimizer, Train(steps=steps))
+        shapes = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
+        self.structure: Structure = flatten(shapes)[1]
+        self.seeds = sorted({arm.seed for arm in arms})
+        self._rows = np.array([self.seeds.index(arm.seed) for arm in arms])
+        decays = [optimizer.weight_decay if arm.weight_decay is None else arm.weight_decay for arm in arms]
+        numbers = Numbers(*(jnp.array(x, jnp.float32) for x in ([arm.rate for arm in arms], decays)))
+        self._numbers = jax.device_put(numbers, self._home)
+        self._step = jax.jit(jax.vmap(self._one, in_axes=(0, 0, 0)), donate_argnums=0)
+        self._said = jax.jit(self._say, static_argnames=("labelled", "skip"))
+
+    def _optimizer(self, numbers: Numbers | None = None) -> Any:
+        e, specs = self.experiment, self.structure.specs
+        given = {} if numbers is None else numbers._asdict()
+        return build_optimizer(e.optimizer, e.train.steps, e.train.clip, specs, **given)
+
+    def _one(self, state: Any, batch: Batch, numbers: Numbers) -> tuple[Any, Any]:
+        optimizer = self._optimizer(numbers)
+        step = train_step(self.experiment, self.structure, optimizer, self.data.token_bytes, self.data.labelled)
+        state, metrics = step(state, batch)  # type: ignore[arg-type]
+        return state, metrics["loss"]
+
+    def start(self) -> Any:
+        """The state of all arms before the first step."""
+        states = []
+        for arm in self.arms:
+            params, _ = flatten(self.model.build(rngs=nnx.Rngs(arm.seed)))
+            specs = self.structure.specs
+            params = {name: p * arm.init if specs[name].fan_in else p for name, p in params.items()}
+            states.append(init_state(self.experiment, params, self._optimizer()))
+        return jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), self._home)
+
+    @functools.cached_property
+    def _home(self) -> Any:
+        """Where arms lie: spread over the devices if these divide them, else on one."""
+        devices = jax.devices()
+        if len(devices) == 1 or len(self.arms) % len(devices):
+            return devices[0]
+        return NamedSharding(Mesh(np.array(devices), ("arms",)), PartitionSpec("arms"))
+
+    def batch(self, step: int) -> Batch:
+        """Of all arms, [A, B, T]."""
+        each = [self.data.batch(seed, step) for seed in self.seeds]
+        stacked: Any = (None if part[0] is None else np.stack(part)[self._rows] for part in zip(*each, strict=True))
+        return Batch(*stacked)
+
+    def train(self, every: int) -> Iterator[tuple[int, Params, np.ndarray]]:
+        """(steps done, parameters of all arms, losses of the last step [A]) after every so many steps."""
+        state, steps = self.start(), self.experiment.train.steps
+        for done in range(1, steps + 1):
+            state, loss_A = self._step(state, jax.device_put(self.batch(done - 1), self._home), self._numbers)
+            if done % every == 0 or done == steps:
+                yield done, state["params"], np.asarray(loss_A)
+
+    def of(self, params: Params, arm: int) -> Params:
+        """The parameters of one arm."""
+        return {name: value[arm] for name, value in params.items()}
+
+    def answers(self, params: Params, skip: tuple[str, ...] = ()) -> Answer:
+        """How the parameters of one arm answer."""
+        return lambda batch, labelled: self._said(params, batch, labelled=labelled, skip=skip)
+
+    def _say(self, params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
+        scores = scored(self.structure.module(params), batch, labelled, skip)
+        return scores.best, scores.nll
