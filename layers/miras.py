@@ -28,9 +28,10 @@ class _ByChannel:
 
 @dataclasses.dataclass(frozen=True)
 class Moneta(_ByChannel, TestTimeMemory):
-    """p = 3, q = 4. retention "lq_printed" is the map as the paper prints it, under which weights shrink as A grows.
+    """p = 3, q = 4. error_max None is the loss as printed, whatever the error.
 
-    The default, "lq_mirror", is the map that the paper's own derivation gives.
+    retention "lq_printed" is the map as the paper prints it, under which weights shrink as A grows. The default,
+    "lq_mirror", is the map that the paper's own derivation gives.
     """
 
     loss: Loss = "lp"

@@ -57,6 +57,9 @@ class TestTimeMemory(LayerConfig):
     norm: the memory answers x + LayerNorm(network(x)) instead of network(x).
     loss: "l2", "dot", "huber_norm", "huber_coord", "huber_mix" (their threshold is read from the token) or "lp".
     power: p of "lp".
+    error_max: "lp" takes a step of the printed slope where no channel of a token's error is larger; else one shorter by
+        (error / error_max)^(power - 2). The slope then grows no faster than the error, and what lr_max bears does not
+        depend on it. None: the printed slope whatever the error, which makes memories chaotic once values have grown.
     retention: "decay" (the weights themselves fade), or a map from what fades to the weights: "kl", "bounded" (both
         with `scale`), "lq_printed", "lq_mirror" (with `power_q`) or "elastic" (with `scale`).
     momentum, keep: whether steps have momentum, and whether weights fade; both are read from the token.
@@ -72,7 +75,8 @@ class TestTimeMemory(LayerConfig):
         `renorm`: the weights into each unit keep the length with which the document began.
     grad_at: with `exact`, whether those weights have faded first ("decayed", as in the gated delta rule) or not yet.
     lr_max, momentum_max: bounds of the gates. lr_max None: (1 - momentum_max) / chunk, half of what a key repeated
-        through a chunk bears (for "lp", whose slope is steeper, over power · (power - 1)); 1 with `exact`.
+        through a chunk bears (for "lp", whose slope is steeper, over power · (power - 1) · error_max^(power - 2)); 1
+        with `exact`.
     read: the memory answers after ("post") or before ("pre") the token is learned.
     persistent: learned tokens that each document's memory has read before its first token.
     conv: width of the short convolution on query, key and value; 0: none. gate: the output gate.
@@ -91,6 +95,7 @@ class TestTimeMemory(LayerConfig):
     norm: bool = True
     loss: Loss = "l2"
     power: float = 3.0
+    error_max: float | None = 1.0
     retention: Retention = "decay"
     power_q: float = 4.0
     scale: float = 1.0
@@ -123,6 +128,8 @@ class TestTimeMemory(LayerConfig):
             raise ValueError(f"{name}.momentum_max is {self.momentum_max}: it must lie between 0 and 1")
         if self.lr_max is not None and self.lr_max <= 0:
             raise ValueError(f"{name}.lr_max is {self.lr_max}: it must be above 0")
+        if self.error_max is not None and self.error_max <= 0:
+            raise ValueError(f"{name}.error_max is {self.error_max}: it must be above 0")
         if self.exact:
             needs = {"memory": "mlp", "depth": 1, "norm": False, "retention": "decay", "step": "plain"}
             for field, value in needs.items():
@@ -141,6 +148,7 @@ class TestTimeMemory(LayerConfig):
         span = 1 if self.exact else self.chunk
         load = span * self.largest_step * self._curvature / (1 - (self.momentum_max if self.momentum else 0))
         said = " · power · (power - 1)" if self.loss == "lp" else ""
+        said += " · error_max^(power - 2)" if said and self.error_max not in (None, 1) else ""
         if load > 2 and span > 1:
             warnings.warn(
                 f"{name}: chunk · lr_max{said} / (1 - momentum_max) is {load:.3g}: above 2 a key repeated through a "
@@ -160,8 +168,10 @@ class TestTimeMemory(LayerConfig):
 
     @property
     def _curvature(self) -> float:
-        """Of the loss, for errors of about 1."""
-        return max(1.0, self.power * (self.power - 1)) if self.loss == "lp" else 1.0
+        """Of the loss at most; of "lp" as printed, which knows no most, for errors of about 1."""
+        if self.loss != "lp":
+            return 1.0
+        return max(1.0, self.power * (self.power - 1) * (self.error_max or 1.0) ** max(self.power - 2, 0.0))
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TestTimeLayer":
         return TestTimeLayer(self, D, rngs=rngs)
@@ -359,7 +369,7 @@ class TestTimeLayer(Recurrent):
 def rule_of(config: TestTimeMemory) -> Rule:
     """What the words of a config stand for."""
     c = config
-    slopes: dict[str, Any] = {"lp": functools.partial(fw.lp, c.power)} | {
+    slopes: dict[str, Any] = {"lp": functools.partial(fw.lp, c.power, largest=c.error_max)} | {
         name: getattr(fw, name) for name in ("l2", "dot", "huber_norm", "huber_coord", "huber_mix")
     }
     retentions = {

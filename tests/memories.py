@@ -25,6 +25,7 @@ SLOPES = {
     "huber_coord": fw.huber_coord,
     "huber_mix": fw.huber_mix,
     "l3": functools.partial(fw.lp, 3.0),
+    "l3_held": functools.partial(fw.lp, 3.0, largest=1.0),
 }
 RETENTIONS = {
     "kl": functools.partial(fw.kl, 2.0),

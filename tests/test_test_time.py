@@ -12,10 +12,11 @@ from layers.ops import chunk_loop, chunk_tables, memory_forms
 from layers.ops import fast_weights as fw
 from layers.ops.memory_forms import State, dual, exact, form_of, materialised, summed
 from layers.ops.recurrence import recurrence
-from layers.ops.test_time import test_time_memory
+from layers.ops.test_time import Gate, test_time_memory
+from layers.test_time import TestTimeMemory, rule_of
 
-test_time_memory.__test__ = False  # it is no test
-FAST = ("mlp", "l2"), ("swiglu", "l2"), ("deep", "dot"), ("linear", "huber_norm"), ("linear", "lp")
+test_time_memory.__test__ = TestTimeMemory.__test__ = False  # they are no tests
+FAST = ("mlp", "l2"), ("swiglu", "l2"), ("deep", "dot"), ("linear", "huber_norm"), ("linear", "l3_held")
 judging = pytest.mark.xdist_group("judging")  # one worker: the small programs of their operations are shared
 
 
@@ -171,6 +172,44 @@ def test_slopes_are_of_the_losses_they_name(float64, slope):
     }
     y, v = np.random.default_rng(0).normal(size=(2, 1, 50)) * 3
     close(SLOPES[slope](y, v, None), jax.grad(losses[slope])(y, v), 1e-2 if slope == "l3" else 1e-12)
+
+
+def test_a_large_error_does_not_steepen_the_slope(float64):
+    """|.|^p held at errors of 1 is the printed slope up to there; beyond, the slope is of degree 1 in the error."""
+    held, v = functools.partial(fw.lp, 3.0, largest=1.0), jnp.zeros((1, 7))
+    small = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 7)))
+    np.testing.assert_array_equal(held(small, v), fw.lp(3.0, small, v))
+    large = 20 * small / jnp.abs(small).max()
+    close(held(2 * large, v), 2 * held(large, v), 1e-3)
+    close(held(large, v), fw.lp(3.0, large, v) / 20)
+    for y, slope in ((small, held), (large, held), (large, functools.partial(fw.lp, 3.0))):
+        curvature = jnp.abs(jnp.linalg.eigvals(jax.jacobian(lambda y, slope=slope: slope(y, v)[0])(y)[:, 0])).max()
+        assert (curvature < 6.01) == (slope is held)  # p (p - 1): what lr_max counts with
+    np.testing.assert_array_equal(fw.lp(2.0, large, v, largest=1.0), fw.lp(2.0, large, v))
+
+
+@pytest.mark.parametrize("error_max", [1.0, 4.0, None])
+def test_steps_of_the_largest_size_bear_any_error(float64, error_max):
+    """One key with a value far off, at the largest lr of the config: error and slope in the past both fall.
+
+    As the loss is printed (None) the first step overshoots, and each further one more so.
+    """
+    T, far = 64, 40.0
+    config = TestTimeMemory(
+        H=1, depth=1, norm=False, loss="lp", error_max=error_max, momentum=False, keep=False, chunk=8
+    )
+    k = jnp.broadcast_to(jnp.eye(K)[0], (1, T, 1, K))
+    gate = Gate(jnp.full((1, T, 1, 1), config.largest_step))
+
+    def error(w0):
+        y, _ = test_time_memory(rule_of(config), k, k, jnp.full_like(k, far), {"w0": gate}, ({"w0": w0}, None))
+        return jnp.max(jnp.abs(y[0, -1] - far)), y
+
+    (left, y), slope = jax.jit(jax.value_and_grad(error, has_aux=True))(jnp.zeros((1, K, K)))
+    if error_max is None:
+        assert jnp.abs(y).max() > 1e6 and jnp.abs(slope).max() > 1e3
+    else:
+        assert left < far / 10 and jnp.abs(y).max() < far + 1e-6 and jnp.abs(slope).sum() < 1
 
 
 def test_huber_is_l2_within_its_threshold_and_bounded_beyond(float64):

@@ -72,6 +72,7 @@ def test_every_word_of_a_config(float64, options):
         ({"loss": "l1"}, "loss is 'l1': it must be one of l2, dot"),
         ({"momentum_max": 1.0}, "momentum_max"),
         ({"lr_max": 0.0}, "lr_max"),
+        ({"error_max": 0.0}, "error_max"),
         ({"persistent": -1}, "persistent"),
         ({"chunk": 0}, "chunk"),
         ({"exact": True}, "exact needs depth = 1, not 2"),

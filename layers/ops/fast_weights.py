@@ -92,10 +92,17 @@ def huber_mix(y: Array, v: Array, threshold: Array) -> Array:
     return jnp.where(near, r, threshold * jnp.tanh(10 * r))
 
 
-def lp(p: float, y: Array, v: Array, threshold: Array | None = None) -> Array:
-    """Of sum |y - v|^p, with a smooth sign and modulus (Miras, remark 5)."""
+def lp(p: float, y: Array, v: Array, threshold: Array | None = None, largest: float | None = None) -> Array:
+    """Of sum |y - v|^p, with a smooth sign and modulus (Miras, remark 5).
+
+    largest: beyond p = 2 the loss curves the more the larger the error is, and no step is short enough for all errors.
+    Where a token's largest error exceeds this, its slope is shortened so as to grow no faster than the error.
+    """
     r = y - v
-    return p * jnp.tanh(10 * r) * (jnp.square(r) + EPS) ** ((p - 1) / 2)
+    slope = p * jnp.tanh(10 * r) * (jnp.square(r) + EPS) ** ((p - 1) / 2)
+    if largest is None or p <= 2:
+        return slope
+    return slope * jnp.maximum(jnp.max(jnp.abs(r), -1, keepdims=True) / largest, 1.0) ** (2 - p)
 
 
 # Retention, by the map from the dual weights A [inputs, outputs], whose recurrence is linear, to the weights in use.
