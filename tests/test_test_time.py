@@ -72,8 +72,9 @@ def test_every_retention(float64, retention, step):
         {},
         {"average": True, "read": "pre"},
         {"chunk": 1, "momentum": False, "retention": RETENTIONS["elastic"]},
+        {"momentum": False, "slope": "l3_held"},
     ],
-    ids=["dual", "average", "materialised"],
+    ids=["dual", "average", "materialised", "held"],
 )
 def test_chunks_of_documents_are_the_definition(float64, options):
     """Packed documents, starts on and off the grid, a row that goes on in mid-chunk, padding; with gradients."""

@@ -102,7 +102,10 @@ def lp(p: float, y: Array, v: Array, threshold: Array | None = None, largest: fl
     slope = p * jnp.tanh(10 * r) * (jnp.square(r) + EPS) ** ((p - 1) / 2)
     if largest is None or p <= 2:
         return slope
-    return slope * jnp.maximum(jnp.max(jnp.abs(r), -1, keepdims=True) / largest, 1.0) ** (2 - p)
+    # Not jnp.max: its slope asks which entries equal the maximum, and where a compiler computes them anew, with another
+    # last digit, none does: 0 / 0.
+    at = jax.nn.one_hot(jnp.argmax(jnp.abs(r), -1), r.shape[-1], dtype=r.dtype)
+    return slope * jnp.maximum(jnp.sum(at * jnp.abs(r), -1, keepdims=True) / largest, 1.0) ** (2 - p)
 
 
 # Retention, by the map from the dual weights A [inputs, outputs], whose recurrence is linear, to the weights in use.
