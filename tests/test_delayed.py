@@ -70,6 +70,15 @@ def test_trials_ask_over_delays():
         assert delayed.trials[f"{name}@paper"].data.test[-1].task.delay == 16384
 
 
+def test_no_convolutions_reach_back_to_what_is_repeated():
+    """None stands in front, and those of four taps in the layers together fall short of the delay."""
+    found = {name: trial for name, trial in delayed.trials.items() if name.startswith("repeat_previous")}
+    assert len(found) == 3
+    for trial in found.values():
+        delays = {part.task.delay for part in trial.data.train + trial.data.test}
+        assert not trial.conv and len(delays) == 1 and min(delays) > 3 * trial.blocks
+
+
 @pytest.mark.parametrize(
     ("law", "golden"),
     [

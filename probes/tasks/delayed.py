@@ -114,10 +114,11 @@ trials = {
     "copy_memory": Trial(_probe("copy", (16, 32, 64), (16, 32, 64, 128, 256, 512, 1024), 256, 10), 2_000, blocks=2),
     "copy_memory@smoke": Trial(_probe("copy", (16,), (16, 32), 64, 3), steps=100, blocks=2),
     "copy_memory@paper": Trial(_probe("copy", (32, 256, 1024), _PAPER, 256, 10), 20_000, 1e-3, D=128, blocks=2),
-    # Nothing in a row of "repeat" says its delay: each is learnt by itself, and asked in longer rows.
-    "repeat_previous": Trial(_repeat(4, 60, (60, 124, 252), 256), blocks=2),
-    "repeat_previous@smoke": Trial(_repeat(2, 30, (30,), 64), steps=100),
-    "repeat_previous@far": Trial(_repeat(16, 112, (112, 240, 496), 256), steps=2_000, blocks=2),
+    # Nothing in a row of "repeat" says its delay: each is learnt by itself, and asked in longer rows. No convolution is
+    # in front, and the delay is beyond what those of the layers themselves (3 tokens back in each) reach together.
+    "repeat_previous": Trial(_repeat(16, 48, (48, 112, 240), 256), steps=900, blocks=2, conv=False),
+    "repeat_previous@smoke": Trial(_repeat(4, 28, (28,), 64), steps=100, conv=False),
+    "repeat_previous@far": Trial(_repeat(64, 64, (64, 192, 448), 256), steps=4_000, blocks=2, conv=False),
 }
 _ABOUT = {
     "delayed": "A cue is asked for after a delay of noise, also delays longer than any of training.",
