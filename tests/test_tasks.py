@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import said
 
-from probes.tasks import task
+from probes.tasks import mad, task
 from probes.tasks.dances import Dances
 from probes.tasks.disjointness import Disjointness
 from probes.tasks.facts import Facts
@@ -106,6 +106,16 @@ def test_every_trial_is_well_made():
         data = trial.data.build()
         batch = data.batch(0, 1, slice(0, 2))
         assert batch.ids_BT.shape == (2, trial.data.T) and (batch.labels_BT != NOT_ASKED).any()
+
+
+def test_the_steps_to_a_goal_are_counted_on_a_law_trained_on():
+    """Up to what says which of a row's places are asked, as the law that is trained on may ask for more."""
+    for name, trial in (TRIALS | mad.sweep()).items():
+        law = trial.goal_law
+        asks = {field: getattr(law, field) for field in ("targets", "recent") if hasattr(law, field)}
+        assert law in {dataclasses.replace(part.task, **asks) for part in trial.data.train}, name
+        assert asks.get("targets") != "all" and not asks.get("recent"), name
+        assert getattr(law, "updates", 1) > 0, name
 
 
 @pytest.mark.parametrize(

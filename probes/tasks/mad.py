@@ -78,7 +78,18 @@ PUBLISHED: dict[str, tuple[Task, Task, int, dict[str, tuple[Any, ...]]]] = {
 
 def _published(train: Task, test: Task, rows: int) -> Trial:
     data = Probe(B=128, train=(Part(train, rows),), test=(Part(test, 1_280),))
-    return Trial(data, steps=200 * -(-rows // 128), lr=5e-4, D=128, blocks=2, conv=False, mlp=True, about=_about(test))
+    watched = _changed(train, "targets", "asked") if hasattr(train, "targets") else None
+    return Trial(
+        data,
+        steps=200 * -(-rows // 128),
+        lr=5e-4,
+        D=128,
+        blocks=2,
+        conv=False,
+        mlp=True,
+        about=_about(test),
+        watched=watched,
+    )
 
 
 def _about(law: Task) -> str:

@@ -16,6 +16,7 @@ Chance: 1 / (vocab - vocab/2), any value. Plateau, without `recent`: some value 
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -106,16 +107,19 @@ class Retention(Task):
         return Rows(ids, labels, about)
 
 
-def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, vocab: int = 256, facts: int = 4) -> Probe:
+def _trial(
+    train: tuple[int, ...], tests: tuple[int, ...], rows: int, vocab: int = 256, facts: int = 4, **trial: Any
+) -> Trial:
     """Trained to keep all facts over some updates; asked for the first ones over more."""
     learnt = tuple(Part(Retention(vocab, facts, N, recent=min(N, 4))) for N in train)
-    return Probe(B=128, train=learnt, test=tuple(Part(Retention(vocab, facts, N), rows) for N in tests))
+    data = Probe(B=128, train=learnt, test=tuple(Part(Retention(vocab, facts, N), rows) for N in tests))
+    return Trial(data, watched=Retention(vocab, facts, train[-1]), **trial)
 
 
 trials = {
-    "retention": Trial(_probe((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512), steps=800),
-    "retention@smoke": Trial(_probe((4,), (0, 4, 8), 128), steps=100),
-    "retention@large": Trial(
-        _probe((16, 64, 256), (0, 16, 64, 256, 1024, 4096), 1_000, 8192, 16), steps=20_000, lr=3e-3, D=128
+    "retention": _trial((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512, steps=800),
+    "retention@smoke": _trial((4,), (0, 4, 8), 128, steps=100),
+    "retention@large": _trial(
+        (16, 64, 256), (0, 16, 64, 256, 1024, 4096), 1_000, 8192, 16, steps=20_000, lr=3e-3, D=128
     ),
 }

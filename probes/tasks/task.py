@@ -295,7 +295,8 @@ class Trial:
     data: what it is trained on and asked. steps, lr: of training. D: width of the model. blocks: how often it has the
     layer under test. conv: a gated short convolution stands before each (Zoology's architecture), which a layer without
     one of its own needs to see two tokens at once. mlp: an MLP stands behind each. goal: of the accuracy, at which the
-    steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty.
+    steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty. watched: the
+    law that the steps to the goal are counted on; None for the last trained.
     """
 
     data: Probe
@@ -307,6 +308,12 @@ class Trial:
     mlp: bool = False
     goal: float = 0.99
     about: str = ""
+    watched: Task | None = dataclasses.field(default=None, repr=False)  # by its name in a config's hash (probes/trial.py)
+
+    @property
+    def goal_law(self) -> Task:
+        """The law that the steps to the goal are counted on."""
+        return self.watched or self.data.train[-1].task
 
 
 def discover() -> dict[str, Trial]:
