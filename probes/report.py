@@ -102,8 +102,9 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
         *lines,
         "",
         f"{said}. Trained on {trained}. Goal: {first['goal']:.0%} of questions like those trained on, in other rows. "
-        "Balanced: each word that is an answer weighs the same, as in MAD; whole answers: every token right; both are "
-        f"means over the slices. Test rows: {rows_said}. Law of the first column: `{first['scores'][0]['law']}`.",
+        "Balanced: each word that is an answer weighs the same, as in MAD; whole answers: every token right, which "
+        f"counts where an answer has several; both are means over the slices. Test rows: {rows_said}. "
+        f"Law of the first column: `{first['scores'][0]['law']}`.",
     ]
 
 

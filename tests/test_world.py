@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 import pytest
-from said import digest, fits, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks import world
 from probes.tasks.world import World
@@ -104,6 +104,16 @@ def test_the_person_asked_for_is_the_one_of_any_fact():
         if len(set(persons)) == 2:
             asked[persons.count(who)] += 1
     fits([asked[1], asked[2]], [1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_plateau(law):
+    """The last room said, whoever is there."""
+    hits = []
+    for row in rows_of(law, 2000):
+        facts, _, _, label = read(law, row)
+        hits.append([what for _, _, verb, what in facts if verb == "AT"][-1] == label)
+    near(hits, law.plateau)
 
 
 def test_the_text_is_one_chain_for_all_rows():

@@ -22,8 +22,10 @@ To answer, a model must keep what a needle says over everything behind it. With 
 a memory that writes what it does not expect suffices; with several it must be found by its key; among nothing but
 needles all of them must be kept.
 
-Chance: 1 / digits, a label. Plateau: of n facts, one at random and its value: 1/n + (1 - 1/n) / digits; a model that
-has found out what values are, and not how a key leads to its own, stays there.
+Chance: 1 / digits, a label. Plateau: what completion without the key gives (`keyless`, probes/tasks/task.py), 0.75 of
+four needles of three digits: from the second digit on, those before it tell which needle it is, so a model that has
+found out what values are, and not how a key leads to its own, goes on as they do. A number is known when it is whole:
+the share of whole answers (`exact`) is the headline, and the first digit is what the plateau leaves open.
 
 RULER's S-NIAH-1 (passkey), -2 (number) and -3 (uuid) are niah_single, niah_markov and niah_uuid; MK-1, MK-2, MV and MQ
 are niah_multikey, niah_multikey2, niah_multivalue and niah_multiquery. Its samples are 500 a task, its score the share
@@ -47,7 +49,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, keyless, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _DEPTHS, _FILLER, _OTHERS = range(5)  # streams of draws
@@ -133,7 +135,7 @@ class Needles(Task):
 
     @property
     def plateau(self) -> float | None:
-        return 1 / self.facts + (1 - 1 / self.facts) / self.digits if self.facts > 1 else None
+        return keyless(self.facts, self.symbols, self.digits) if self.facts > 1 else None
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         # At least 64 rows in a block, however long: a chain takes a step of all rows at once.

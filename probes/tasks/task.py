@@ -56,7 +56,8 @@ class Task:
     vocab: words. length: tokens of the longest row. asked: labels of a row, at most.
     chance: share right of a model that knows the law but not the row: it answers as another row would.
     plateau: share right of one that answers with something of the right kind that the row says; None where that is no
-        guess of its own.
+        guess of its own. Of answers of several tokens, which stand in the row as far as they were asked, `keyless`:
+        that is high, and the share of whole answers is what counts.
     region: tokens at a row's start that may be read ahead (JRT); 0 for none.
     bottleneck: all is to be said from what the model knows at the row's end (probes/bottleneck.py).
     """
@@ -151,6 +152,24 @@ def by_question(asked_NS: npt.NDArray[np.bool_], Q: int, **values_NS: Ints) -> d
         about[name] = np.full(own_NQ.shape, -1, np.int64)
         about[name][own_NQ] = values[asked_NS]
     return about
+
+
+@functools.lru_cache(256)
+def keyless(facts: int, tokens: int, words: int) -> float:
+    """Share right of the best completion without a key, where a fact is `tokens` uniform ones of `words`.
+
+    An answer's tokens so far stand before the next one, so it can be guessed without the question: as most of the row's
+    facts go on that agree with them (before the first token, all do). Measured, on facts that are always the same; what
+    was asked for before in a row is not made use of.
+    """
+    rows = max(16, (1 << 16) // facts)
+    fact_RT = draws.integers(_KEYLESS, 0, np.arange(rows), facts * tokens, words).reshape(rows * facts, tokens)
+    alike_R, right = np.repeat(np.arange(rows), facts), 0  # a number for each row, and what was said of the fact
+    for t in range(tokens):
+        longer, alike_R, count = np.unique(alike_R * words + fact_RT[:, t], return_inverse=True, return_counts=True)
+        shorter = longer // words
+        right += np.maximum.reduceat(count, np.flatnonzero(np.diff(shorter, prepend=-1))).sum()
+    return float(right / fact_RT.size)
 
 
 def whole(task: Any, **least: int) -> None:
@@ -270,7 +289,7 @@ class ProbeData(Dataset):
         return " ".join(map(str, np.asarray(ids).tolist()))
 
 
-_TRAIN, _TEST, _ORDER, _SCHEDULE = range(4)  # seeds are kept apart by what they are for
+_TRAIN, _TEST, _ORDER, _SCHEDULE, _KEYLESS = range(5)  # seeds are kept apart by what they are for
 
 
 @functools.lru_cache(16)
@@ -295,8 +314,8 @@ class Trial:
     data: what it is trained on and asked. steps, lr: of training. D: width of the model. blocks: how often it has the
     layer under test. conv: a gated short convolution stands before each (Zoology's architecture), which a layer without
     one of its own needs to see two tokens at once. mlp: an MLP stands behind each. goal: of the accuracy, at which the
-    steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty. watched: the
-    law that the steps to the goal are counted on; None for the last trained.
+    steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty.
+    watched: the law that the steps to the goal are counted on; None for the last trained.
     """
 
     data: Probe
@@ -308,7 +327,7 @@ class Trial:
     mlp: bool = False
     goal: float = 0.99
     about: str = ""
-    watched: Task | None = dataclasses.field(default=None, repr=False)  # by its name in a config's hash (probes/trial.py)
+    watched: Task | None = dataclasses.field(default=None, repr=False)  # a config's hash has its name
 
     @property
     def goal_law(self) -> Task:

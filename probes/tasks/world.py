@@ -16,8 +16,10 @@ from the object to a person and on to a room that may have been said before or a
 supporting fact, `distance` counts from the last to the question, `distractors` are the facts that do not support, and
 `pair` is the fact that says the room.
 
-Chance: 1 / rooms. No plateau: most rooms are said in most rows. bAbI's qa1 has one supporting fact of 2 to 10, qa2 two
-of 2 to 68; BABILong has 100 or 1,000 rows of each length. Of its text, Phi-3-mini with 128k of context, instruction and
+Chance: 1 / rooms. Plateau: the last room said, whoever is there, which is right if it is the person's, or by chance.
+
+bAbI's qa1 has one supporting fact of 2 to 10, qa2 two of 2 to 68; BABILong has 100 or 1,000 rows of each length. Of its
+text, Phi-3-mini with 128k of context, instruction and
 examples, percent by length, counted anew from the repository's stored answers, 999 of each:
 
             0k   1k   2k   4k   8k   16k   32k   64k   128k
@@ -26,6 +28,7 @@ examples, percent by length, counted anew from the repository's stored answers, 
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +82,19 @@ class World(Task):
     @property
     def chance(self) -> float:
         return 1 / self.rooms
+
+    @property
+    def plateau(self) -> float:
+        ats, takes = self.facts - self.takes, self.takes
+        last = 1 / ats  # how likely the person asked for is the one of the last AT because he was drawn by it
+        if self.kind == "qa2":
+            last = 0.0
+            for k in range(1, takes + 1):  # the k-th TAKES says who has the object, and the last AT is before it
+                holds = (1 + (k - 1) / self.objects) * (1 - 1 / self.objects) ** (takes - k) / takes
+                before = math.comb(self.facts - 1 - (takes - k + 1), k - 1) / math.comb(self.facts - 1, takes)
+                last += holds * before / ats
+        same = last + (1 - last) / self.persons
+        return same + (1 - same) / self.rooms
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         # At least 64 rows in a block, however long: a chain takes a step of all rows at once.
