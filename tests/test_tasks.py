@@ -109,10 +109,10 @@ def test_every_trial_is_well_made():
 
 
 def test_the_steps_to_a_goal_are_counted_on_a_law_trained_on():
-    """Up to what says which of a row's places are asked, as the law that is trained on may ask for more."""
+    """Up to which of a row's places are asked, as training may ask for more, and to languages being held out."""
     for name, trial in (TRIALS | mad.sweep()).items():
         law = trial.goal_law
-        asks = {field: getattr(law, field) for field in ("targets", "recent") if hasattr(law, field)}
+        asks = {field: getattr(law, field) for field in ("targets", "recent", "part") if hasattr(law, field)}
         assert law in {dataclasses.replace(part.task, **asks) for part in trial.data.train}, name
         assert asks.get("targets") != "all" and not asks.get("recent"), name
         assert getattr(law, "updates", 1) > 0, name

@@ -19,8 +19,8 @@ supporting fact, `distance` counts from the last to the question, `distractors` 
 Chance: 1 / rooms. Plateau: the last room said, whoever is there, which is right if it is the person's, or by chance.
 
 bAbI's qa1 has one supporting fact of 2 to 10, qa2 two of 2 to 68; BABILong has 100 or 1,000 rows of each length. Of its
-text, Phi-3-mini with 128k of context, instruction and
-examples, percent by length, counted anew from the repository's stored answers, 999 of each:
+text, Phi-3-mini with 128k of context, instruction and examples, percent by length, counted anew from the repository's
+stored answers, 999 of each:
 
             0k   1k   2k   4k   8k   16k   32k   64k   128k
     qa1     97   85   72   69   70    60    53    38      1
