@@ -67,7 +67,7 @@ def test_trials_ask_over_delays():
         data = delayed.trials[name].data
         assert [part.task.delay for part in data.train] == [16, 32, 64]
         assert [part.task.delay for part in data.test] == [16 << i for i in range(7)]
-        assert delayed.trials[f"{name}@paper"].data.test[-1].task.delay == 16384
+        assert delayed.trials[f"{name}@large"].data.test[-1].task.delay == 16384
 
 
 def test_no_convolutions_reach_back_to_what_is_repeated():

@@ -8,7 +8,8 @@ each, values of the last third, all different.
 
 * After the context come slots of three tokens, drawn without replacement by the queries, slot g with weight
   (g+1)^(exponent-1), as in MQAR (probes/tasks/recall.py); a query is in the first two tokens of its slot.
-* `filler`: "zero", token 0, or "conflict_free", any token that is no part of a key of the row.
+* `filler`: "zero", token 0, or "conflict_free", any token that is no part of a key of the row (Zoology's
+  default is random tokens, parts of keys too).
 
 To answer, a model must bind a value to both parts at once: each part alone goes with `side` values.
 
@@ -131,5 +132,5 @@ trials = {
         blocks=2,
     ),
     "compound@smoke": Trial(_probe((Compound(length=32, side=2),), (Compound(length=32, side=2),), 128), steps=100),
-    "compound@paper": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128, blocks=2),
+    "compound@large": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128, blocks=2),
 }

@@ -19,8 +19,8 @@ elements of a row, where the number is drawn (uniformly, to `length`); 0 for row
 To answer, a model keeps one element and multiplies on; what it does at the first tokens must go on for as long as the
 row does. A linear memory with eigenvalues in (0, 1) cannot even for Z2, past the lengths it was trained on; with
 (-1, 1) it can (Grazzi et al. 2024, arXiv 2411.12537, whose rows for parity are of 3 to 40 tokens in training and 40 to
-256 in the test, the answer at the last). Chance: 1 / elements; a product that lacks one factor is uniform. No plateau:
-what the row says is as likely right as any element.
+256 in the test, the answer at the last). Chance: 1 / elements; a product that lacks one factor is uniform. Plateau, of
+"every" place: the token itself, which is the answer at the first place and right by chance at the others.
 """
 
 import dataclasses
@@ -67,6 +67,13 @@ class Groups(Task):
     @property
     def chance(self) -> float:
         return 1 / self.vocab
+
+    @property
+    def plateau(self) -> float | None:
+        if self.labels == "last":
+            return None
+        lengths = range(self.shortest or self.length, self.length + 1)
+        return sum((1 + (T - 1) / self.vocab) / T for T in lengths) / len(lengths)
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda index: self._rows(seed, index), index_N, self.length)
@@ -142,7 +149,7 @@ def _about(group: str) -> str:
 
 def _paper(train: Groups, *tests: Groups, rows: int) -> Trial:
     data = Probe(B=256, train=(Part(train),), test=tuple(Part(test, rows) for test in tests))
-    return Trial(data, steps=20_000, lr=1e-3, D=128, blocks=2, about=_about(train.group))
+    return Trial(data, steps=20_000, lr=1e-3, D=128, blocks=2, conv=False, about=_about(train.group))
 
 
 _PARITY = Groups("Z2", 40, "last", 3)

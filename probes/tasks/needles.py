@@ -243,7 +243,7 @@ for _name, (_about, _law) in _FAMILY.items():
     trials[f"{_name}@smoke"] = Trial(
         _probe((96,), (96, 192), 64, 32, **{**_SMALL, **_law}), steps=100, blocks=2, about=_about
     )
-    trials[f"{_name}@paper"] = Trial(
+    trials[f"{_name}@large"] = Trial(
         _probe((1024,), (1024, 2048, 4096, 8192, 16384), 500, **_law),
         steps=10_000,
         lr=1e-3,

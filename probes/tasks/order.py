@@ -109,7 +109,7 @@ def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, segment: i
 trials = {
     "order": Trial(_probe((64, 128), (64, 128, 256, 512, 1024), 256), steps=2_000, lr=3e-3, blocks=2, mlp=True),
     "order@smoke": Trial(_probe((64,), (64,), 64), steps=100, blocks=2, mlp=True),
-    "order@paper": Trial(
+    "order@large": Trial(
         _probe((250, 1000), (250, 1000, 2500, 10_000, 20_000), 990, segment=20, words=1024),
         steps=20_000,
         lr=1e-3,

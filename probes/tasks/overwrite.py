@@ -5,8 +5,8 @@
 Each row has `keys` keys of its own, of words 1..vocab/2-1; every statement draws one of them and a value of
 vocab/2..vocab-1. A statement is a question too: its key asks for the value before the new one is told. From one
 statement of a key to the next there are 2 · keys tokens on average (geometric), whatever the length of the row: what a
-memory must do is not to hold more, but to forget well. Chance: 1 / (vocab - vocab/2). A model that says any value which
-the row told before is right 1 / keys of the time, or a little more: values repeat.
+memory must do is not to hold more, but to forget well. Chance: 1 / (vocab - vocab/2). Plateau: any key's current value,
+1 / keys and by chance in the rest, once all keys are told (0.34 of 4 keys and 8 values; a little more before).
 """
 
 import dataclasses
@@ -44,6 +44,10 @@ class Overwrite(Task):
     @property
     def chance(self) -> float:
         return 1 / (self.vocab - self.vocab // 2)
+
+    @property
+    def plateau(self) -> float:
+        return 1 / self.keys + (1 - 1 / self.keys) * self.chance
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         N, S = len(index_N), self.length // 2

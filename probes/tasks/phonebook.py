@@ -6,7 +6,7 @@ A row is a book of `entries` names with their numbers, then `shots` entries of i
 of what is wanted, then one more name whose number is asked for: the first digit at the name's last token, each next one
 at the digit before it. A name is two of the `names` tokens, a number `number` of the `digits`. All entries shown again
 and asked for are different ones, and no name is in the book twice (in the paper's generator names may recur, and then a
-question has two answers).
+question has two answers). A number's first digit is any, where the paper's is 6 to 9.
 
 To answer, a model must keep the whole book, as any name may be asked for, and must tell names by both tokens.
 
@@ -110,7 +110,7 @@ def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int, na
 trials = {
     "phonebook": Trial(_probe((8, 16), (8, 16, 32, 64, 128), 256, 64), steps=1_000, lr=3e-3, blocks=2),
     "phonebook@smoke": Trial(_probe((4,), (4, 8), 64, 32, names=32), steps=100, blocks=2),
-    "phonebook@paper": Trial(
+    "phonebook@large": Trial(
         _probe((64,), (20, 50, 100, 200, 500, 1000, 1750), 96, 32), steps=10_000, lr=1e-3, D=128, blocks=2
     ),
 }

@@ -195,7 +195,7 @@ class Probe(DataConfig):
     train: parts with a number of rows are visited whole in each epoch, in batches of one part (the last of a part
         filled up with its first rows), the batches of all parts in random order. Parts without one take turns, and no
         row comes twice. The rows come from the run's seed.
-    test: rows never trained on; the same for every run.
+    test: rows of another seed, the same for every run. Where a law has few different rows, some are trained on too.
     T: length of a training row, at least that of the longest law (0: just that); shorter rows are padded.
     """
 

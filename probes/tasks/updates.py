@@ -4,7 +4,7 @@
 
 A row says `pairs` key-value pairs, then `updates` of its keys, chosen at random, again with new values, then asks for
 each key once. Keys, slots and filler are as in MQAR (probes/tasks/recall.py), queries in the order in which they were
-drawn; "zero" and "conflict_free" are the fillers that bind no key again.
+drawn; "zero" and "conflict_free" are the fillers that bind no key again (Zoology's default, random tokens, may).
 
 All values of a row are different, so a key's new value is never its old one nor that of any other. (Zoology only sees
 to it that the new value of the j-th update is not the old one of the j-th key, which is not the key that is updated: it
@@ -132,5 +132,5 @@ trials = {
         )
     ),
     "updates@smoke": Trial(_probe((_SMOKE,), (_SMOKE,), 128), steps=100),
-    "updates@paper": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128),
+    "updates@large": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128),
 }

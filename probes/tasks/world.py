@@ -186,7 +186,7 @@ for _name, (_about, _law) in _KINDS.items():
     trials[f"{_name}@smoke"] = Trial(
         _probe((48,), (48, 96), 64, 32, words=32, **_law), 100, blocks=2, mlp=True, about=_about
     )
-    trials[f"{_name}@paper"] = Trial(
+    trials[f"{_name}@large"] = Trial(
         _probe((1024,), (1024, 2048, 4096, 8192, 16384), 1_000, **_law),
         steps=20_000,
         lr=1e-3,
