@@ -12,7 +12,7 @@ from probes.matrix import both, cells, frontier, matrix, picture
 from probes.tasks import task
 
 Row = dict[str, Any]
-PANELS = ("distance", "pair", "slot", "depth", "distractors")
+PANELS = ("distance", "pair", "slot", "depth", "distractors", "since", "older")
 
 
 def write(rows: Sequence[Row], folder: Path) -> Path:

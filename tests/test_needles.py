@@ -61,8 +61,9 @@ def test_every_label_is_what_the_needles_say(law):
                     at = t + 1 + v * law.symbols + s
                     labels[at] = digit
                     assert full[at + 1] in (digit, None)  # said before the next one is asked for
-                    fact = {"answer": q * law.values + v, "pair": n, "depth": place, "distance": t - place}
-                    about.append(fact | {"distractors": law.facts - law.queries * law.values})
+                    fact = {"answer": q * law.values + v, "depth": place}
+                    fact |= {"distance": t - place} if law.queries > 1 else {}
+                    about.append(fact | ({"pair": n} if len(facts) > 1 and law.filler != "needles" else {}))
             t += 2 + law.values * law.symbols
         assert t == law.length + 1 and len(set(keys)) == law.queries
         assert labels == row.labels and about == row.about and len(labels) == law.asked
@@ -147,9 +148,9 @@ def test_other_lengths_are_the_same_task():
 @pytest.mark.parametrize(
     ("law", "golden"),
     [
-        (Needles(), "1a398c642cee6171"),
-        (Needles(filler="repeat", keys=3, values=2, queries=2), "be41217940787e64"),
-        (Needles(length=100, filler="needles"), "e63807ede6e1c3cf"),
+        (Needles(), "28cb635ddd4a87c9"),
+        (Needles(filler="repeat", keys=3, values=2, queries=2), "511ba389808628bd"),
+        (Needles(length=100, filler="needles"), "407169c699f4cc2b"),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from said import digest, fits, rows_of
 
+from probes.evaluation import slices
 from probes.tasks import order
 from probes.tasks.order import Order
 from training.data import DataError
@@ -58,9 +59,11 @@ def test_distance_place_and_order_are_uniform():
 def test_trials_ask_by_distance():
     tests = [part.task for part in order.trials["order"].data.test]
     assert [law.excerpt for law in tests[:5]] == [64, 128, 256, 512, 1024]
-    assert [law.apart for law in tests[5:]] == [(4, 16), (16, 32), (32, 64), (64, 124)]
+    assert [law.apart for law in tests[5:]] == [(4, 15), (16, 31), (32, 63), (64, 124)]
+    names = slices(order.trials["order"].data.test)
+    assert names[0] == {"excerpt": 64, "apart": "4 to 60"} and names[5] == {"excerpt": 128, "apart": "4 to 15"}
     rows = tests[5].rows(0, np.arange(100))
-    assert (128 - rows.about["distance"] - rows.about["depth"] <= 16).all()
+    assert (128 - rows.about["distance"] - rows.about["depth"] <= 15).all()
 
 
 @pytest.mark.parametrize(

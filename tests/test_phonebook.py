@@ -44,8 +44,7 @@ def test_the_answer_is_the_number_of_the_name(law):
         assert row.ids[first - 1 : first + 1] == list(question[:2])
         pair = [entry[:2] for entry in book].index(question[:2])
         depth = pair * (2 + law.number)
-        fact = {"answer": 0, "pair": pair, "depth": depth, "distance": first - 1 - depth}
-        assert row.about == [fact | {"distractors": law.entries - 1}] * law.number
+        assert row.about == [{"answer": 0, "depth": depth}] * law.number
 
 
 def test_what_is_drawn_is_uniform():
@@ -81,7 +80,7 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("law", "golden"),
     [
-        (Phonebook(), "56f532b08b1f39ae"),
+        (Phonebook(), "ac8cdb78039299af"),
     ],
     ids=str,
 )

@@ -103,9 +103,7 @@ class Compound(Task):
         np.put_along_axis(labels, place + 1, facts[:, :, 2], 1)
         pair = np.argsort(slot, axis=1)  # by place
         slot.sort(axis=1)
-        about = {"pair": pair, "slot": slot, "distance": 3 * (n + slot - pair), "depth": 3 * pair}
-        about["distractors"] = np.full_like(pair, 2 * (side - 1))
-        return Rows(ids, labels, about)
+        return Rows(ids, labels, {"slot": slot, "distance": 3 * (n + slot - pair), "depth": 3 * pair})
 
 
 def _probe(train: tuple[Compound, ...], tests: tuple[Compound, ...], rows: int) -> Probe:

@@ -73,7 +73,6 @@ class Dances(Task):
         depth = which[:, None] * each + 1 + np.arange(self.moves)
         about = {
             "answer": np.zeros([N, self.moves], np.int64),
-            "pair": np.repeat(which[:, None], self.moves, 1),
             "depth": depth,
             "distance": last + np.arange(self.moves) - depth,
         }

@@ -18,7 +18,7 @@ Chance: 1 / symbols. Plateau, of "copy": some symbol of the cue, 1/items + (1 - 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,6 +73,12 @@ class Delayed(Task):
     def plateau(self) -> float | None:
         return 1 / self.items + (1 - 1 / self.items) / self.symbols if self.kind == "copy" and self.items > 1 else None
 
+    @property
+    def says(self) -> dict[str, Any]:
+        if self.kind != "repeat":
+            return super().says
+        return {"length": self.length, "delay": self.delay, "symbols": self.symbols}
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 
@@ -88,7 +94,7 @@ class Delayed(Task):
                 ids[:, items : items + delay] = 2 + self.symbols + noise
             ids[:, items + delay] = 1 + self.symbols
         item = np.broadcast_to(np.arange(items), [N, items])
-        about = {"pair": item, "depth": item, "distance": np.full_like(item, self.length - items)}
+        about = {"depth": item} if items > 1 else {}
         if self.kind == "copy":
             about["answer"] = np.zeros_like(item)
         return Rows(ids, labels, about)

@@ -82,9 +82,14 @@ class Disjointness(Task):
         row = np.tile(row, (1, 2)) if self.reading == "twice" else row
         labels = np.full(row.shape, NOT_ASKED, np.int32)
         labels[:, -1] = answer[:, 0]
-        # The row whole is read before the question where it is read twice: its last telling counts.
-        depth = self.length - (m + n + 3) + 1 + shared
-        return Rows(row, labels, {"slot": place, "depth": depth, "distance": self.length - 1 - depth})
+        # The row whole is read before the question where it is read twice: its last telling counts. The evidence is the
+        # token's place in either set.
+        begin, about = self.length - (m + n + 3), {}
+        if m > 1:
+            about["depth"] = begin + 1 + shared
+        if n > 1:
+            about["distance"] = self.length - 1 - (begin + 2 + m + place)
+        return Rows(row, labels, about)
 
 
 def mirrored(*sizes: tuple[int, int]) -> Sizes:

@@ -94,7 +94,7 @@ class Groups(Task):
         if self.labels == "last":
             last_N = end_N - 1
             np.put_along_axis(labels_NT, last_N, np.take_along_axis(products_TN.T, last_N, 1), 1)
-            return Rows(ids_NT, labels_NT, {"slot": last_N}, length_N)
+            return Rows(ids_NT, labels_NT, {"slot": last_N} if self.shortest else {}, length_N)
         slot_NT = np.where(np.arange(T) < end_N, np.arange(T), -1)
         np.copyto(labels_NT, products_TN.T, where=slot_NT >= 0)
         return Rows(ids_NT, labels_NT, {"slot": slot_NT}, length_N)

@@ -15,8 +15,8 @@ Keys are different names, digits are uniform. The first `queries` keys are asked
 * Words, names and digits are different tokens, so a needle is seen at once: what is tested is whether it is kept, and
   whether it is found by its key.
 
-`depth` is where a needle starts, `distance` counts from there to its question, `distractors` are the needles that no
-question asks for, those of the haystack too.
+`depth` is where a needle starts; `distance` counts from there to its question, where there are several; `pair` is which
+of several needles it is (not among needles alone, where the depth says it).
 
 To answer, a model must keep what a needle says over everything behind it. With one needle and a haystack that repeats,
 a memory that writes what it does not expect suffices; with several it must be found by its key; among nothing but
@@ -176,10 +176,11 @@ class Needles(Task):
 
         depth = np.take_along_axis(start, asked, 1)
         ask = body + np.arange(self.queries * self.values) // self.values * self.question
-        first = depth // size if self.filler == "needles" else asked
-        about = {"answer": np.broadcast_to(np.arange(asked.shape[1]), asked.shape), "pair": first, "depth": depth}
-        about["distance"] = ask - depth
-        about["distractors"] = np.full(asked.shape, self.facts - asked.shape[1])
+        about = {"answer": np.broadcast_to(np.arange(asked.shape[1]), asked.shape), "depth": depth}
+        if n > 1 and self.filler != "needles":
+            about["pair"] = asked
+        if self.queries > 1:
+            about["distance"] = ask - depth
         return Rows(ids, labels, {name: np.repeat(fact, self.symbols, 1) for name, fact in about.items()})
 
     def _haystack(self, seed: int, index_N: Ints, names: Ints) -> Ints:

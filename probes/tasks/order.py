@@ -18,6 +18,8 @@ excerpts before them and near it with long ones.
 """
 
 import dataclasses
+import itertools
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +77,11 @@ class Order(Task):
     def chance(self) -> float:
         return 0.5
 
+    @property
+    def says(self) -> dict[str, Any]:
+        low, high = self.apart
+        return {"excerpt": self.excerpt, "segment": self.segment, "apart": f"{low} to {high}", "words": self.words}
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 
@@ -96,8 +103,8 @@ class Order(Task):
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, segment: int = 4, words: int = 64) -> Probe:
     """Trained on some excerpts; asked of all, and of the longest of training by distance too."""
     E = max(train)
-    edges = [segment, E // 8, E // 4, E // 2, E - segment]
-    bins = [Order(E, segment, near, far, words) for near, far in zip(edges, edges[1:], strict=False)]
+    edges = [segment, E // 8, E // 4, E // 2, E - segment + 1]
+    bins = [Order(E, segment, near, end - 1, words) for near, end in itertools.pairwise(edges)]
     laws = [Order(excerpt, segment, words=words) for excerpt in tests]
     return Probe(
         B=64,

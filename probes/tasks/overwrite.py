@@ -66,7 +66,11 @@ class Overwrite(Task):
         told = before_NS >= 0
         labels_NT[:, 0::2][told] = np.take_along_axis(value_NS, before_NS, 1)[told]
         gap_NS = 2 * (np.arange(S) - before_NS)
-        return Rows(ids_NT, labels_NT, by_question(told, self.asked, pair=which_NS, distance=gap_NS))
+        # Keys by the order in which the row tells them.
+        nth_NS, nth_NK = np.cumsum(~told, 1) - 1, np.zeros([N, self.keys], np.int64)
+        nth_NK[np.nonzero(~told)[0], which_NS[~told]] = nth_NS[~told]
+        pair_NS = np.take_along_axis(nth_NK, which_NS, 1)
+        return Rows(ids_NT, labels_NT, by_question(told, self.asked, pair=pair_NS, distance=gap_NS))
 
 
 _LAW = Overwrite(vocab=16, keys=4)

@@ -92,10 +92,7 @@ class Phonebook(Task):
         ids[:, : self.book] = entries.reshape(N, -1)
         ids[:, self.book :] = again.reshape(N, -1)[:, :-1]
         labels[:, -self.number :] = again[:, -1, 3:]
-        pair = asked[:, -1:]
-        about = {"answer": np.zeros_like(pair), "pair": pair, "depth": pair * size}
-        about["distance"] = self.length - self.number - 1 - pair * size  # from name to name
-        about["distractors"] = np.full_like(pair, n - 1)
+        about = {"answer": np.zeros_like(asked[:, -1:]), "depth": asked[:, -1:] * size}
         return Rows(ids, labels, {name: np.repeat(fact, self.number, 1) for name, fact in about.items()})
 
 

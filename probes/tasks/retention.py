@@ -8,9 +8,9 @@ and with them `recent` of the other keys that were written, all in one random or
 different draws from 1..W/2-1, W = `vocab`; values are of W/2..W-1, those of the first facts different.
 
 To answer, a memory must let a fact stand that nothing confirms while it writes others: where facts lie in weights, each
-update moves them a little; where they lie in slots, it may take one over. Over `distractors`, the updates since a fact
-was last written, accuracy is the curve of forgetting. Without `recent` a model may learn to write nothing but a row's
-first pairs, and would forget nothing; with it the updates must be written too: train with, ask without.
+update moves them a little; where they lie in slots, it may take one over. Over `updates`, or over `since`, the updates
+after a key was last written, accuracy is the curve of forgetting. Without `recent` a model may learn to write nothing
+but a row's first pairs, and would forget nothing; with it the updates must be written too: train with, ask without.
 
 Chance: 1 / (vocab - vocab/2), any value. Plateau, without `recent`: some value of the first facts, 1 / facts.
 """
@@ -102,8 +102,9 @@ class Retention(Task):
         ids[:, 1:context:2] = self.vocab // 2 + said[:, :, 1]
         ids[:, context:] = np.take_along_axis(keys, asked, 1)
         labels[:, context:] = self.vocab // 2 + np.take_along_axis(said[:, :, 1], pair, 1)
-        about = {"pair": pair, "depth": 2 * pair, "distance": context + np.arange(self.asked) - 2 * pair}
-        about["distractors"] = facts + updates - np.maximum(pair, facts - 1) - 1
+        about = {"depth": 2 * pair, "distance": context + np.arange(self.asked) - 2 * pair}
+        if self.recent:
+            about["since"] = facts + updates - np.maximum(pair, facts - 1) - 1
         return Rows(ids, labels, about)
 
 

@@ -33,9 +33,12 @@ class Rows(NamedTuple):
             pair         which of the row's facts is asked for, in the order in which they were said
             slot         which of the places for questions is used
             distance     tokens from the (last) evidence to the question
-            depth        where the evidence stands, in tokens from the row's start
-            distractors  facts of the same form that are not asked for
+            depth        where the (first) evidence stands, in tokens from the row's start
+            distractors  what else in the row looks like the evidence
+            since        how much was written after the evidence, in blocks or updates, as the task counts
+            older        values that were told before the one asked for and count no more
             legal        a bit for each word that may be said (words below 63), where not the label alone is right
+        What is the same for all questions of a law is left out, and what follows from another of these alone.
     length_N: tokens of each row, where they differ; what is beyond is padding.
     """
 
@@ -52,7 +55,7 @@ class Task:
     (probes/tasks/draws.py). What all rows of a law share besides, such as a map to be learnt by heart, is drawn from a
     field.
 
-    version: of the rows; another number whenever the same (seed, index) gives another row.
+    version: of the rows; another number whenever the same (seed, index) gives other tokens, labels or lengths.
     vocab: words. length: tokens of the longest row. asked: labels of a row, at most.
     chance: share right of a model that knows the law but not the row: it answers as another row would.
     plateau: share right of one that answers with something of the right kind that the row says; None where that is no
@@ -98,6 +101,13 @@ class Task:
     def harder(self) -> "Task | None":
         """The same law with more to remember, in rows of the same length; None where there is none."""
         return None
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """What reports know the law by; those of a trial are told from each other by what differs."""
+        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        first = [name for name in fields if name == "length"]
+        return {name: getattr(self, name) for name in first + [name for name in fields if name != "length"]}
 
     @functools.cached_property
     def name(self) -> str:

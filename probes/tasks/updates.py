@@ -11,7 +11,7 @@ to it that the new value of the j-th update is not the old one of the j-th key, 
 may be said twice.)
 
 To answer, a model must overwrite: an additive memory that keeps both values of a key has no way to tell which came
-last. The `distractors` of a question are the older values of its key, 0 or 1.
+last. `older` of a question are the values that its key had before, 0 or 1.
 
 Chance: 1 / (vocab - vocab/2), any value. Plateau: 1 / (pairs + updates), some value of the row; a model that overwrites
 nothing says the old value at each key that has a new one, and is right in 1 - updates/pairs of the questions.
@@ -101,8 +101,11 @@ class Updates(Task):
         np.put_along_axis(labels, place, np.take_along_axis(values, last, 1).astype(np.int32), 1)
         pair = np.argsort(place, axis=1)  # by place
         place, last = np.take_along_axis(place, pair, 1), np.take_along_axis(last, pair, 1)
-        about = {"pair": pair, "slot": (place - self.context) // 2, "distance": place - 2 * last, "depth": 2 * last}
-        about["distractors"] = (last >= pairs).astype(np.int64)
+        about = {"slot": (place - self.context) // 2, "distance": place - 2 * last, "depth": 2 * last}
+        if self.updates:
+            about["pair"] = pair
+        if 0 < self.updates < pairs:
+            about["older"] = (last >= pairs).astype(np.int64)
         return Rows(ids, labels, about)
 
 

@@ -13,8 +13,8 @@ A row is a text by a chain of order 2, the same for all rows (`branches`, `chain
 
 To answer, a model must pick facts out of words, let a person's last room overwrite the ones before, and for "qa2" go
 from the object to a person and on to a room that may have been said before or after. `depth` is the start of the first
-supporting fact, `distance` counts from the last to the question, `distractors` are the facts that do not support, and
-`pair` is the fact that says the room.
+supporting fact, `distance` counts from the last to the question (of "qa2", which has two), and `pair` is the fact that
+says the room.
 
 Chance: 1 / rooms. Plateau: the last room said, whoever is there, which is right if it is the person's, or by chance.
 
@@ -133,8 +133,8 @@ class World(Task):
         labels[:, -1] = first_room + room[row_N, support[-1]]
         fact = np.stack(support, 1)
         about = {"pair": fact[:, -1:], "depth": np.take_along_axis(start, fact.min(1, keepdims=True), 1)}
-        about["distance"] = self.length - 2 - np.take_along_axis(start, fact.max(1, keepdims=True), 1)
-        about["distractors"] = np.full([N, 1], F - fact.shape[1])
+        if self.kind == "qa2":
+            about["distance"] = self.length - 2 - np.take_along_axis(start, fact.max(1, keepdims=True), 1)
         return Rows(ids, labels, about)
 
     def _events(self, seed: int, index_N: Ints) -> tuple[np.ndarray, Ints, Ints, Ints]:
