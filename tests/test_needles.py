@@ -141,7 +141,7 @@ def test_other_lengths_are_the_same_task():
         data = needles.trials[name].data
         laws = [part.task for part in data.train + data.test]
         assert len({str(law).replace(f"length={law.length}", "") for law in laws}) == 1
-        assert [law.length for law in laws] == [128, 128, 256, 512, 1024, 2048]
+        assert [law.length for law in laws] == [64, 64, 128, 256, 512, 1024]
         assert max(part.task.length for part in needles.trials[f"{name}@large"].data.test) == 16384
 
 

@@ -58,12 +58,12 @@ def test_distance_place_and_order_are_uniform():
 
 def test_trials_ask_by_distance():
     tests = [part.task for part in order.trials["order"].data.test]
-    assert [law.excerpt for law in tests[:5]] == [64, 128, 256, 512, 1024]
-    assert [law.apart for law in tests[5:]] == [(4, 15), (16, 31), (32, 63), (64, 124)]
+    assert [law.excerpt for law in tests[:5]] == [32, 64, 128, 256, 512]
+    assert [law.apart for law in tests[5:]] == [(4, 7), (8, 15), (16, 31), (32, 60)]
     names = slices(order.trials["order"].data.test)
-    assert names[0] == {"excerpt": 64, "apart": "4 to 60"} and names[5] == {"excerpt": 128, "apart": "4 to 15"}
+    assert names[0] == {"excerpt": 32, "apart": "4 to 28"} and names[5] == {"excerpt": 64, "apart": "4 to 7"}
     rows = tests[5].rows(0, np.arange(100))
-    assert (128 - rows.about["distance"] - rows.about["depth"] <= 15).all()
+    assert (64 - rows.about["distance"] - rows.about["depth"] <= 7).all()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_plateau(law):
 
 def test_sizes():
     assert Phonebook().length == 16 * 9 + 2 * 10 + 9
-    assert [part.task.entries for part in phonebook.trials["phonebook"].data.test] == [8, 16, 32, 64, 128]
+    assert [part.task.entries for part in phonebook.trials["phonebook"].data.test] == [4, 8, 16, 32, 64]
     assert all(part.rows == 3 * 32 for part in phonebook.trials["phonebook@large"].data.test)
 
 

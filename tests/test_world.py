@@ -131,7 +131,7 @@ def test_trials_ask_longer_rows():
     for name, kind in (("world", "qa1"), ("world_two", "qa2")):
         data = world.trials[name].data
         assert {part.task.kind for part in data.train + data.test} == {kind}
-        assert [part.task.length for part in data.test] == [64, 128, 256, 512, 1024, 2048]
+        assert [part.task.length for part in data.test] == [32, 64, 128, 256, 512, 1024]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _LENGTHS, _LETTERS, _WHERE = range(3)  # streams of draws
@@ -200,7 +200,7 @@ def _probe(
     law = Copying(kind, *train)
     laws = [law] + [Copying("duplicate", max(6, train[0]), train[1])] * (kind == "copy")
     laws += [Copying(kind, length, length) for length in tests]
-    return Probe(B=64, train=(Part(law),), test=tuple(Part(test, rows) for test in laws))
+    return probe([law], laws, rows)
 
 
 _KINDS: dict[str, tuple[Literal["copy", "prefix", "suffix"], str]] = {

@@ -24,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 Kind = Literal["recall", "copy", "repeat"]
@@ -100,16 +100,15 @@ class Delayed(Task):
         return Rows(ids, labels, about)
 
 
-def _probe(kind: Kind, train: tuple[int, ...], tests: tuple[int, ...], rows: int, items: int, noise: int = 0) -> Probe:
-    laws = {delay: Delayed(kind, delay, items, noise=noise) for delay in train + tests}
-    return Probe(
-        B=64, train=tuple(Part(laws[delay]) for delay in train), test=tuple(Part(laws[delay], rows) for delay in tests)
-    )
+def _probe(
+    kind: Kind, train: tuple[int, ...], tests: tuple[int, ...], rows: int, items: int, noise: int = 0, B: int = 64
+) -> Probe:
+    learnt, asked = ([Delayed(kind, delay, items, noise=noise) for delay in delays] for delays in (train, tests))
+    return probe(learnt, asked, rows, B)
 
 
 def _repeat(delay: int, items: int, tests: tuple[int, ...], rows: int) -> Probe:
-    test = tuple(Part(Delayed("repeat", delay, count), rows) for count in tests)
-    return Probe(B=64, train=(Part(Delayed("repeat", delay, items)),), test=test)
+    return probe([Delayed("repeat", delay, items)], [Delayed("repeat", delay, count) for count in tests], rows)
 
 
 _LARGE = tuple(2**power for power in range(5, 15))
@@ -117,7 +116,9 @@ trials = {
     "delayed": Trial(_probe("recall", (16, 32, 64), (16, 32, 64, 128, 256, 512, 1024), 256, 1, noise=8), blocks=2),
     "delayed@smoke": Trial(_probe("recall", (16,), (16, 32), 64, 1, noise=8), steps=100),
     "delayed@large": Trial(_probe("recall", (32, 256, 1024), _LARGE, 256, 1, noise=8), 10_000, 1e-3, D=128, blocks=2),
-    "copy_memory": Trial(_probe("copy", (16, 32, 64), (16, 32, 64, 128, 256, 512, 1024), 256, 10), 2_000, blocks=2),
+    "copy_memory": Trial(
+        _probe("copy", (16, 32, 64), (16, 32, 64, 128, 256, 512, 1024), 256, 10, B=32), 1_500, blocks=2
+    ),
     "copy_memory@smoke": Trial(_probe("copy", (16,), (16, 32), 64, 6), steps=100, blocks=2),
     "copy_memory@large": Trial(_probe("copy", (32, 256, 1024), _LARGE, 256, 10), 20_000, 1e-3, D=128, blocks=2),
     # Nothing in a row of "repeat" says its delay: each is learnt by itself, and asked in longer rows. No convolution is

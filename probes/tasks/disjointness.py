@@ -132,7 +132,7 @@ trials = {
             train=parts(_SMALL, 0, vocab=256, reading="twice"),
             test=parts((*_SMALL, *mirrored((4, 64))), 128, vocab=256, reading="twice"),
         ),
-        steps=800,
+        steps=720,
         blocks=2,
         about="Set disjointness, the row read twice before the question (JRT-prompt).",
     ),

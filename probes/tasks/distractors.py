@@ -24,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _ORDER, _LAST = range(4)  # streams of draws
@@ -106,10 +106,8 @@ class Distractors(Task):
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, **law: Any) -> Probe:
-    laws = {count: Distractors(blocks=count, **law) for count in train + tests}
-    return Probe(
-        B=128, train=tuple(Part(laws[count]) for count in train), test=tuple(Part(laws[count], rows) for count in tests)
-    )
+    learnt, asked = ([Distractors(blocks=count, **law) for count in counts] for counts in (train, tests))
+    return probe(learnt, asked, rows, B=128)
 
 
 trials = {

@@ -157,9 +157,9 @@ _WORDS = {"z60": "Z60", "a4xz5": "A4xZ5", "a5": "A5", "s5": "S5"}
 
 trials = {
     **_trials("parity", "Z2", 40, 600),
-    **_trials("mod5", "Z5", 40, 2_000),
-    **_trials("s3", "S3", 40, 2_000),
-    **{k: trial for name, group in _WORDS.items() for k, trial in _trials(name, group, 20, 5_000).items()},
+    **_trials("mod5", "Z5", 40, 1_500),
+    **_trials("s3", "S3", 40, 1_500),
+    **{k: trial for name, group in _WORDS.items() for k, trial in _trials(name, group, 20, 3_000).items()},
     "parity@paper": _paper(_PARITY, _PARITY, dataclasses.replace(_PARITY, length=256, shortest=40), rows=8_192),
 } | {
     # The rows are published; width, depth and steps are those of parity.

@@ -49,7 +49,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, keyless, whole
+from probes.tasks.task import Int32s, Ints, Probe, Rows, Task, Trial, empty, in_blocks, keyless, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _DEPTHS, _FILLER, _OTHERS = range(5)  # streams of draws
@@ -214,12 +214,8 @@ def lay(ids_NT: Int32s, hay_NR: Ints, start_NS: Ints, needles_NSK: Ints) -> None
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 64, **law: Any) -> Probe:
     """Trained on rows of some lengths, and asked others of the same law."""
-    laws = {length: Needles(length=length, **law) for length in train + tests}
-    return Probe(
-        B=B,
-        train=tuple(Part(laws[length]) for length in train),
-        test=tuple(Part(laws[length], rows) for length in tests),
-    )
+    learnt, asked = ([Needles(length=length, **law) for length in lengths] for lengths in (train, tests))
+    return probe(learnt, asked, rows, B)
 
 
 _FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -235,11 +231,16 @@ _FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
         {"filler": "repeat", "names": 1, "symbols": 5, "digits": 10},
     ),
 }
+_LAPTOP = {"words": 64, "names": 64}
 _SMALL = {"words": 32, "names": 32, "period": 8}
 trials = {}
 for _name, (_about, _law) in _FAMILY.items():
     trials[_name] = Trial(
-        _probe((128,), (128, 256, 512, 1024, 2048), 128, **_law), steps=1_000, lr=3e-3, blocks=2, about=_about
+        _probe((64,), (64, 128, 256, 512, 1024), 128, **{**_LAPTOP, **_law}),
+        steps=1_000,
+        lr=3e-3,
+        blocks=2,
+        about=_about,
     )
     trials[f"{_name}@smoke"] = Trial(
         _probe((96,), (96, 192), 64, 32, **{**_SMALL, **_law}), steps=100, blocks=2, about=_about

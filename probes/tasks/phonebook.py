@@ -23,7 +23,7 @@ import dataclasses
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, keyless, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, keyless, probe, whole
 from training.data import DataError
 
 _NAMES, _NUMBERS, _ASKED = range(3)  # streams of draws
@@ -97,15 +97,12 @@ class Phonebook(Task):
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int, names: int = 512) -> Probe:
-    return Probe(
-        B=B,
-        train=tuple(Part(Phonebook(n, names=names)) for n in train),
-        test=tuple(Part(Phonebook(n, names=names), rows) for n in tests),
-    )
+    learnt, asked = ([Phonebook(n, names=names) for n in entries] for entries in (train, tests))
+    return probe(learnt, asked, rows, B)
 
 
 trials = {
-    "phonebook": Trial(_probe((8, 16), (8, 16, 32, 64, 128), 256, 64), steps=1_000, lr=3e-3, blocks=2),
+    "phonebook": Trial(_probe((4, 8), (4, 8, 16, 32, 64), 256, 32), steps=1_200, lr=3e-3, blocks=2),
     "phonebook@smoke": Trial(_probe((4,), (4, 8), 64, 32, names=32), steps=100, blocks=2),
     "phonebook@large": Trial(
         _probe((64,), (20, 50, 100, 200, 500, 1000, 1750), 96, 32), steps=10_000, lr=1e-3, D=128, blocks=2

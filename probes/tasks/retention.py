@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _WHICH, _NEW, _RECENT, _ORDER = range(6)  # streams of draws
@@ -112,13 +112,13 @@ def _trial(
     train: tuple[int, ...], tests: tuple[int, ...], rows: int, vocab: int = 256, facts: int = 4, **trial: Any
 ) -> Trial:
     """Trained to keep all facts over some updates; asked for the first ones over more."""
-    learnt = tuple(Part(Retention(vocab, facts, N, recent=min(N, 4))) for N in train)
-    data = Probe(B=128, train=learnt, test=tuple(Part(Retention(vocab, facts, N), rows) for N in tests))
+    learnt = [Retention(vocab, facts, N, recent=min(N, 4)) for N in train]
+    data = probe(learnt, [Retention(vocab, facts, N) for N in tests], rows, B=128)
     return Trial(data, watched=Retention(vocab, facts, train[-1]), **trial)
 
 
 trials = {
-    "retention": _trial((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512, steps=800),
+    "retention": _trial((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512, steps=640),
     "retention@smoke": _trial((4,), (0, 4, 8), 128, steps=100),
     "retention@large": _trial(
         (16, 64, 256), (0, 16, 64, 256, 1024, 4096), 1_000, 8192, 16, steps=20_000, lr=3e-3, D=128

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -235,6 +235,11 @@ class Probe(DataConfig):
 
     def build(self) -> "ProbeData":
         return ProbeData(self)
+
+
+def probe(train: Sequence[Task], tests: Sequence[Task], rows: int, B: int = 64) -> Probe:
+    """Trained on ever new rows of some laws, by turns; asked so many rows of each of some."""
+    return Probe(B=B, train=tuple(Part(law) for law in train), test=tuple(Part(law, rows) for law in tests))
 
 
 class ProbeData(Dataset):

@@ -24,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _SLOTS, _FILLER, _UPDATED = range(5)  # streams of draws
@@ -86,13 +86,12 @@ class Updates(Task):
         keys = 1 + draws.distinct(seed, _KEYS, index_N, pairs, vocab // 2 - 1)
         values = vocab // 2 + draws.distinct(seed, _VALUES, index_N, said, vocab - vocab // 2)
         updated = draws.distinct(seed, _UPDATED, index_N, self.updates, pairs)
-        # Rounded, so that the last bit of a machine's power function is not in the law.
-        weights = np.round(np.arange(1, (self.length - self.context) // 2 + 1) ** (self.exponent - 1) * 2.0**40)
-        place = self.context + 2 * draws.weighted_order(seed, _SLOTS, index_N, weights, pairs)
+        space = (self.length - self.context) // 2
+        place = self.context + 2 * draws.slots(seed, _SLOTS, index_N, space, self.exponent, pairs)
 
         ids, labels = empty(len(index_N), self.length)
         if self.filler == "conflict_free":
-            ids[:] = draws.others(keys, draws.integers(seed, _FILLER, index_N, self.length, vocab - pairs))
+            ids[:] = draws.besides(seed, _FILLER, index_N, self.length, vocab, keys)
         ids[:, 0 : 2 * said : 2] = np.concatenate([keys, np.take_along_axis(keys, updated, 1)], 1)
         ids[:, 1 : 2 * said : 2] = values
         last = np.broadcast_to(np.arange(pairs), keys.shape).copy()  # where a key was said last, in pairs
@@ -109,10 +108,6 @@ class Updates(Task):
         return Rows(ids, labels, about)
 
 
-def _probe(train: tuple[Updates, ...], tests: tuple[Updates, ...], rows: int) -> Probe:
-    return Probe(B=128, train=tuple(Part(law) for law in train), test=tuple(Part(law, rows) for law in tests))
-
-
 _LAW = Updates()
 _SMOKE = Updates(length=32, pairs=4, updates=2)
 _LARGE = tuple(
@@ -122,7 +117,7 @@ _LARGE = tuple(
 
 trials = {
     "updates": Trial(
-        _probe(
+        probe(
             (_LAW,),
             (
                 _LAW,
@@ -132,8 +127,9 @@ trials = {
                 dataclasses.replace(_LAW, length=256, pairs=32, updates=16),
             ),
             512,
+            B=128,
         )
     ),
-    "updates@smoke": Trial(_probe((_SMOKE,), (_SMOKE,), 128), steps=100),
-    "updates@large": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128),
+    "updates@smoke": Trial(probe((_SMOKE,), (_SMOKE,), 128, B=128), steps=100),
+    "updates@large": Trial(probe(_LARGE[:3], _LARGE, 1_000, B=128), steps=20_000, lr=3e-3, D=128),
 }

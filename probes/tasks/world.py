@@ -36,7 +36,7 @@ import numpy as np
 from layers.layer import one_of
 from probes.tasks import draws
 from probes.tasks.needles import lay
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _TAKES, _PERSONS, _TAKERS, _ROOMS, _OBJECTS, _GAPS, _FILLER, _ASKED = range(8)  # streams of draws
@@ -163,12 +163,8 @@ def _last(true_NF: np.ndarray) -> Ints:
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 64, **law: Any) -> Probe:
-    laws = {length: World(length=length, **law) for length in train + tests}
-    return Probe(
-        B=B,
-        train=tuple(Part(laws[length]) for length in train),
-        test=tuple(Part(laws[length], rows) for length in tests),
-    )
+    learnt, asked = ([World(length=length, **law) for length in lengths] for lengths in (train, tests))
+    return probe(learnt, asked, rows, B)
 
 
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -181,7 +177,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 trials = {}
 for _name, (_about, _law) in _KINDS.items():
     trials[_name] = Trial(
-        _probe((64, 128), (64, 128, 256, 512, 1024, 2048), 256, **_law), 2_000, 3e-3, blocks=2, mlp=True, about=_about
+        _probe((32, 64), (32, 64, 128, 256, 512, 1024), 256, 32, **_law), 2_000, 3e-3, blocks=2, mlp=True, about=_about
     )
     trials[f"{_name}@smoke"] = Trial(
         _probe((48,), (48, 96), 64, 32, words=32, **_law), 100, blocks=2, mlp=True, about=_about
