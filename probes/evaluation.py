@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from probes.tasks.task import Ints, Part, Task
+from probes.tasks.task import Ints, Part
 from training.data import NOT_ASKED, Batch
 
 # A batch, and the most labels that its rows have -> (likeliest word, nats of the label) at every place [B, T], or at
@@ -33,14 +33,14 @@ class Bin:
 class Score:
     """A part of a probe: rows of one law.
 
-    law: the law in words, with its version. slice: those of its fields that tell it from its fellows.
+    law: the law in words, with its version. slice: what tells it from its fellows.
     accuracy: mean over rows of the share of a row's labels said right (Zoology's measure).
     standard_error: of that mean; rows are independent, the questions of a row are not.
     balanced: mean over the words that are answers of the share said right (MAD's measure).
     exact: share of answers whose every token is right; of rows with everything right, where answers are one token.
     nats: mean negative log-likelihood of a label.
     chance, plateau: accuracy without the row, and with something of the right kind from it (probes/tasks/task.py).
-    by: accuracy by pair, slot, distance, depth or distractors, where the law tells them.
+    by: accuracy by pair, slot, distance, depth and so on (Rows.about), where the law tells them.
     """
 
     law: str
@@ -64,23 +64,12 @@ class Score:
 
 
 def slices(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """The fields in which laws differ, of each; the length where they differ in nothing."""
-    every = [dict(_said(part.task)) for part in parts]
+    """What laws differ in, of each (Task.says); the length where they differ in nothing."""
+    every = [part.task.says for part in parts]
     names = [name for name in every[0] if len({str(said.get(name)) for said in every}) > 1]
-    # What follows from the others is left out, unless nothing else is left.
-    names = [name for name in names if name != "length" or "length" in _fields(parts[0].task)] or ["length"]
+    if not names:
+        return [{"length": part.task.length} for part in parts]
     return [{name: said[name] for name in names if name in said} for said in every]
-
-
-def _fields(task: Task) -> set[str]:
-    return {field.name for field in dataclasses.fields(task)}  # type: ignore[arg-type]
-
-
-def _said(task: Task) -> Iterator[tuple[str, Any]]:
-    yield "length", task.length
-    for field in dataclasses.fields(task):  # type: ignore[arg-type]
-        if field.name != "length":
-            yield field.name, getattr(task, field.name)
 
 
 def evaluate(answer: Answer, parts: Sequence[Part], seed: int | None = None) -> list[Score]:

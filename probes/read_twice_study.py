@@ -12,7 +12,6 @@ study.jsonl is not trained again.
 
 import functools
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -26,13 +25,12 @@ from layers.mlp import MLP
 from layers.prefix import PrefixLinearAttention
 from models.lm import LM, Stage
 from probes.small_runs import Ledger, Questions, SmallRun, curves, door, train_and_ask
-from probes.tasks.disjointness import mirrored, parts
+from probes.tasks.disjointness import Reading, mirrored, parts
 from probes.tasks.task import Probe
 from training.experiment import Muon, Schedule
 
 SMALL, LARGE, VOCAB = 4, (8, 24), 64
 SIZES = mirrored(*((SMALL, n) for n in LARGE))
-Reading = Literal["once", "twice", "ahead"]
 KINDS: dict[str, tuple[LayerConfig, Reading]] = {
     "once": (LinearAttention(H=2, K=3, V=4, feature_map="taylor", chunk=32), "once"),
     "twice": (LinearAttention(H=2, K=3, V=4, feature_map="taylor", chunk=32), "twice"),

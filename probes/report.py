@@ -12,7 +12,7 @@ from probes.matrix import both, cells, frontier, matrix, picture
 from probes.tasks import task
 
 Row = dict[str, Any]
-PANELS = ("distance", "pair", "slot", "depth", "distractors")
+PANELS = ("distance", "pair", "slot", "depth", "distractors", "since", "older")
 
 
 def write(rows: Sequence[Row], folder: Path) -> Path:
@@ -101,9 +101,10 @@ def _table(rows: list[Row], models: list[str], slices: list[dict], seeds: int) -
     return [
         *lines,
         "",
-        f"{said}. Trained on {trained}. Goal: {first['goal']:.0%} of held-out questions like those trained on. "
-        "Balanced: each word that is an answer weighs the same, as in MAD; whole answers: every token right; both are "
-        f"means over the slices. Test rows: {rows_said}. Law of the first column: `{first['scores'][0]['law']}`.",
+        f"{said}. Trained on {trained}. Goal: {first['goal']:.0%} of questions like those trained on, in other rows. "
+        "Balanced: each word that is an answer weighs the same, as in MAD; whole answers: every token right, which "
+        f"counts where an answer has several; both are means over the slices. Test rows: {rows_said}. "
+        f"Law of the first column: `{first['scores'][0]['law']}`.",
     ]
 
 

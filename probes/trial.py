@@ -28,7 +28,7 @@ from training.experiment import AdamW, Muon, Schedule
 from training.summary import parameter_count, state_bytes
 
 CHECKS = 16  # of the accuracy, over a training
-VALIDATION = 128  # rows of the first test law, but of other seeds: the steps to a goal are not counted on the test rows
+VALIDATION = 128  # rows of a law trained on, but of other seeds: the steps to a goal are not counted on the test rows
 
 
 def small(layer: LayerConfig, trial: Trial) -> LM:
@@ -74,6 +74,7 @@ class Attempt:
         """A short hash of everything that the numbers depend on, the seed apart."""
         said = [str(x) for x in (self.model, self.trial, self.optimizer)]
         laws = [part.task.name for part in self.trial.data.train + self.trial.data.test]
+        laws += [] if self.trial.watched is None else [self.trial.watched.name]
         return hashlib.sha256("\n".join(said + laws).encode()).hexdigest()[:12]
 
 
@@ -113,8 +114,8 @@ def _made(attempt: Attempt) -> SmallRun:
 def _one(attempt: Attempt, made: SmallRun, seed: int, console: Console) -> dict[str, Any]:
     trial = attempt.trial
     test = trial.data.test
-    watched = Part(test[0].task, VALIDATION)
-    aside = draws.fold(test[0].task.test_seed(), 1)
+    watched = Part(trial.goal_law, VALIDATION)
+    aside = draws.fold(watched.task.test_seed(), 1)
     every = max(1, trial.steps // CHECKS)
     curve: list[tuple[int, float, float, float]] = []  # steps, loss, accuracy, CPU seconds of training
     cpu = wall = 0.0

@@ -46,6 +46,15 @@ def near(hits, share: float) -> None:
     assert abs(np.mean(hits) - share) < 4 * error, (np.mean(hits), share, error)
 
 
+def completed(facts: list[list[int]], answer: list[int]) -> list[bool]:
+    """Whether each token of an answer is what most of the facts that agree with it so far say next."""
+    right = []
+    for t, token in enumerate(answer):
+        after = [fact[t] for fact in facts if fact[:t] == answer[:t]]
+        right.append(max(sorted(after), key=after.count) == token)
+    return right
+
+
 def digest(law: Task, N: int = 60) -> str:
     """Of some rows, with all that is said about them."""
     rows = law.rows(12345, 10**12 + np.arange(N))

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import itertools
 import operator
 import re
@@ -142,7 +143,10 @@ def test_trials():
     for name in ("mod_arithmetic", "mod_brackets"):
         assert [part.task.length for part in trials[name].data.test] == [40, 80, 160, 320]
         (train,), (near_, far) = trials[f"{name}@paper"].data.train, trials[f"{name}@paper"].data.test
-        assert (train.task.modulus, train.task.length, near_.task) == (5, 40, train.task)
+        assert (train.task.modulus, train.task.length, train.task.shortest) == (5, 40, 2)
+        assert near_.task == dataclasses.replace(train.task, shortest=12)
+        asked = [part.task for size in ("", "@smoke", "@paper") for part in trials[f"{name}{size}"].data.test]
+        assert min(law.shortest for law in asked) == 12  # no row of few
         assert (far.task.shortest, far.task.length, far.rows) == (40, 256, 8192)
 
 

@@ -5,6 +5,7 @@ import collections
 import pytest
 from said import digest, fits, rows_of
 
+from probes.evaluation import slices
 from probes.tasks import copying
 from probes.tasks.copying import Copying
 from training.data import DataError
@@ -62,7 +63,9 @@ def test_the_answer_is_what_the_string_says(law):
         for j, (place, about) in enumerate(zip(row.labels, row.about, strict=True)):
             i = start + j
             stands = before + i
-            fact = {"answer": 0, "pair": i, "depth": stands, "distance": place - stands}
+            fact = {"answer": 0, "depth": stands}
+            if gram or law.low < law.high:
+                fact["distance"] = place - stands
             assert about == fact | {"distractors": count(string, string[i - n : i]) - 1 if i >= n else 0}
         if law.kind == "duplicate":
             grams = [string[i : i + n] for i in range(len(string) - n + 1)]
@@ -94,7 +97,7 @@ def test_each_unique_ngram_is_as_likely():
     for row in rows_of(law, 6000):
         string = text(law, row.ids)[1:9]
         may = [i for i in range(3) if count(string, string[i : i + 5]) == 1]
-        tally[tuple(may), row.about[0]["pair"] - 5] += 1
+        tally[tuple(may), row.about[0]["depth"] - 1 - 5] += 1
     for may in {may for may, _ in tally}:
         assert all(start in may for other, start in tally if other == may)
         if sum(tally[may, start] for start in may) > 100:
@@ -113,16 +116,18 @@ def test_trials_ask_longer_strings():
         data = copying.trials[name].data
         assert [(part.task.low, part.task.high) for part in data.train] == [(5, 20)]
         assert [part.task.high for part in data.test][-4:] == [40, 80, 160, 300]
-    assert [part.task.kind for part in copying.trials["copying"].data.test][:3] == ["copy", "duplicate", "copy"]
+    tests = copying.trials["copying"].data.test
+    assert [part.task.kind for part in tests][:3] == ["copy", "duplicate", "copy"]
+    assert slices(tests)[1:3] == [{"kind": "duplicate", "letters": "6 to 20"}, {"kind": "copy", "letters": "40"}]
 
 
 @pytest.mark.parametrize(
     ("law", "golden"),
     [
-        (Copying(), "86ea291249556bfc"),
-        (Copying("prefix"), "dbb02c9afb09ca52"),
-        (Copying("suffix", answer=2), "37acedadd783947d"),
-        (Copying("duplicate", 6), "62e4943efabce217"),
+        (Copying(), "f6c6c8440b7a8f81"),
+        (Copying("prefix"), "6ca7bdc25563f746"),
+        (Copying("suffix", answer=2), "60118b8a886454da"),
+        (Copying("duplicate", 6), "f57a231e8697d514"),
     ],
     ids=str,
 )

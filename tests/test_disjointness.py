@@ -30,9 +30,10 @@ def test_the_label_is_the_one_token_of_both_sets(m, n, reading):
         assert len(set(first)) == m and len(set(second)) == n and min(first + second) >= 4
         shared = set(first) & set(second)
         assert len(shared) == 1 and labels[-1] in shared and (labels[:-1] == NOT_ASKED).all()
-        slot, depth, distance = (rows.about[name][r, 0] for name in ("slot", "depth", "distance"))
-        assert second[slot] == ids[depth] == labels[-1] and depth + distance == end - 1
-        assert ids[depth + 1 : -1].count(labels[-1]) == 1  # of its two places, the first
+        # Of its two places in the row as it is read last, the first and the second.
+        early, late = (end - len(row) + t for t, token in enumerate(row) if token == labels[-1])
+        about = {"depth": early} | ({"distance": end - 1 - late} if n > 1 else {})
+        assert {name: values[r, 0] for name, values in rows.about.items()} == about
     batch = law.batch(2, np.arange(20), law.length + 2)
     if reading == "ahead":
         np.testing.assert_array_equal(batch.prefix_BT[5], np.arange(law.length + 2) < law.length - 1)

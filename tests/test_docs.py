@@ -10,6 +10,7 @@ import laws
 import pytest
 from flax import nnx
 
+from probes import report
 from probes.tasks import task
 from training import settings
 
@@ -66,6 +67,26 @@ def test_the_readme_names_what_exists():
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
-def test_every_probe_is_in_the_page_on_probes():
+def line(name, trials):
+    """A probe's line in the table of the page on probes."""
+    data = trials[name].data
+    trained = sorted({part.task.length for part in data.train})
+    first = data.test[0].task
+    sizes = [other.partition("@")[2] for other in trials if other.startswith(f"{name}@")]
+    cells = [
+        f"`{name}`",
+        report.about(name),
+        " to ".join(f"{T:,}" for T in dict.fromkeys((trained[0], trained[-1]))),
+        f"{max(part.task.length for part in data.test):,}",
+        f"{first.chance:.2g}",
+        "" if first.plateau is None else f"{first.plateau:.2g}",
+        ", ".join(size for size in sizes if size != "smoke"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_page_on_probes_says_what_the_trials_are():
     text = (ROOT / "docs" / "probes.md").read_text()
-    assert [name for name in task.discover() if "@" not in name and f"| `{name}` |" not in text] == []
+    trials = task.discover()
+    probes = [name for name in trials if "@" not in name]
+    assert [at for at in text.splitlines() if at.startswith("| `")] == [line(name, trials) for name in probes]

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from said import digest, fits, rows_of
+from said import digest, fits, near, rows_of
 
 from probes.tasks.groups import Groups, table, trials
 from training.data import DataError
@@ -60,7 +60,9 @@ def test_labels_are_running_products(name, shortest, labels):
         asked = dict(enumerate(products))
         if labels == "last":
             asked = {len(products) - 1: products[-1]}
-        assert row.labels == asked and row.about == [{"slot": t} for t in asked]
+        assert row.labels == asked and row.about == [
+            {"slot": t} if shortest or labels == "every" else {} for t in asked
+        ]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,13 @@ def test_rows_are_uniform():
     fits(np.bincount(every[:, 7] * 6 + every[:, 8]))  # one product says nothing of the next
 
 
+@pytest.mark.parametrize("law", [Groups("S3", 5), Groups("Z2", 9, shortest=2)], ids=str)
+def test_plateau(law):
+    """The token itself."""
+    near([np.mean([row.ids[t] == a for t, a in row.labels.items()]) for row in rows_of(law, 3000)], law.plateau)
+    assert Groups(labels="last").plateau is None
+
+
 @pytest.mark.parametrize(
     ("law", "golden"),
     [
@@ -122,8 +131,9 @@ def test_golden(law, golden):
 def test_trials():
     lengths = {name: [part.task.length for part in trials[name].data.test] for name in ("parity", "mod5", "s3", "a5")}
     assert lengths == {name: [40, 80, 160, 320] for name in ("parity", "mod5", "s3")} | {"a5": [20, 40, 80, 160]}
-    (train,), (near, far) = trials["parity@paper"].data.train, trials["parity@paper"].data.test
-    assert (train.task.shortest, train.task.length, train.rows, near.task) == (3, 40, 0, train.task)
+    assert not any(trial.conv for trial in trials.values())
+    (train,), (one, far) = trials["parity@paper"].data.train, trials["parity@paper"].data.test
+    assert (train.task.shortest, train.task.length, train.rows, one.task) == (3, 40, 0, train.task)
     assert (far.task.shortest, far.task.length, far.rows, far.task.labels) == (40, 256, 8192, "last")
     assert {trials[f"{name}@paper"].data.train[0].task.vocab for name in ("z60", "a4xz5", "a5")} == {60}
 

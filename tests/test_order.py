@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from said import digest, fits, rows_of
 
+from probes.evaluation import slices
 from probes.tasks import order
 from probes.tasks.order import Order
 from training.data import DataError
@@ -57,10 +58,12 @@ def test_distance_place_and_order_are_uniform():
 
 def test_trials_ask_by_distance():
     tests = [part.task for part in order.trials["order"].data.test]
-    assert [law.excerpt for law in tests[:5]] == [64, 128, 256, 512, 1024]
-    assert [law.apart for law in tests[5:]] == [(4, 16), (16, 32), (32, 64), (64, 124)]
+    assert [law.excerpt for law in tests[:5]] == [32, 64, 128, 256, 512]
+    assert [law.apart for law in tests[5:]] == [(4, 7), (8, 15), (16, 31), (32, 60)]
+    names = slices(order.trials["order"].data.test)
+    assert names[0] == {"excerpt": 32, "apart": "4 to 28"} and names[5] == {"excerpt": 64, "apart": "4 to 7"}
     rows = tests[5].rows(0, np.arange(100))
-    assert (128 - rows.about["distance"] - rows.about["depth"] <= 16).all()
+    assert (64 - rows.about["distance"] - rows.about["depth"] <= 7).all()
 
 
 @pytest.mark.parametrize(

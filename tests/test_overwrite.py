@@ -1,10 +1,12 @@
 """Overwrite recall: the law of its rows, derived again from what the rows say; and its study, whole but small."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from rich.console import Console
+from said import near, rows_of
 
 from layers.linear import LinearAttention
 from probes import memory_study
@@ -23,13 +25,27 @@ def test_the_label_is_what_the_key_was_told_last():
             assert labels[t] == (told[key][0] if key in told else NOT_ASKED) and labels[t + 1] == NOT_ASKED
             if key in told:
                 gaps.append(t - told[key][1])
-                numbers.append(key)
+                numbers.append(list(told).index(key))  # keys by their first telling
             told[key] = value, t
         assert len(told) <= 5
         distance, pair = rows.about["distance"][n], rows.about["pair"][n]
         assert distance[: len(gaps)].tolist() == gaps and (distance[len(gaps) :] == -1).all()
-        assert len(set(zip(pair[: len(gaps)].tolist(), numbers, strict=True))) == len(set(numbers))
+        assert pair[: len(gaps)].tolist() == numbers
     assert (rows.labels_NT != NOT_ASKED).sum() > 60
+
+
+@pytest.mark.parametrize("law", [Overwrite(16, 256, 4), Overwrite(64, 256, 5)], ids=str)
+def test_plateau(law):
+    """Any key's current value, where all keys are told."""
+    luck, hits = random.Random(0), []
+    for row in rows_of(law, 1000):
+        told, right = {}, []
+        for t in range(0, law.length, 2):
+            if len(told) == law.keys:
+                right.append(luck.choice(list(told.values())) == row.labels[t])
+            told[row.ids[t]] = row.ids[t + 1]
+        hits.append(np.mean(right))
+    near(hits, law.plateau)
 
 
 def test_what_cannot_be():

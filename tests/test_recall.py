@@ -406,6 +406,8 @@ def test_published_mixtures():
     ]  # fmt: skip
     assert all((c.vocab, c.filler, c.order, c.exponent) == (8192, "zero", "drawn", 0.01) for c, *_ in figure2)
     assert all((train, test) == (100_000, 3_000) for _, train, test, _ in figure2)
+    steps = [recall.trials[f"mqar@zoology{n}"].steps for n in (1, 2, 3, 4)]
+    assert steps == [64 * n for n in (196, 196, 391, 782)]  # 64 epochs
     assert sum(-(-part.rows // BASED.B) for part in BASED.train) == 707  # steps an epoch, as published
     assert sum(part.rows for part in BASED.test) == 7000 and BASED.T == 256
     assert {(p.task.vocab, p.task.filler) for p in BASED.train + BASED.test} == {(8192, "random")}

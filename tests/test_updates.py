@@ -41,8 +41,9 @@ def test_the_last_value_counts(law):
             key = row.ids[place]
             value, t = meaning[key]
             assert place >= context and place % 2 == 0 and label == value
-            fact = {"pair": keys.index(key), "slot": (place - context) // 2, "distance": place - t, "depth": t}
-            about.append(fact | {"distractors": int(key in new)})
+            fact = {"slot": (place - context) // 2, "distance": place - t, "depth": t}
+            fact |= {"pair": keys.index(key)} if law.updates else {}
+            about.append(fact | ({"older": int(key in new)} if 0 < law.updates < law.pairs else {}))
         assert about == row.about
         assert sorted(row.ids[place] for place in row.labels) == sorted(keys)
         rest = [row.ids[t] for t in range(context, law.length) if t not in row.labels]

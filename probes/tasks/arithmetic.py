@@ -11,9 +11,12 @@ are drawn uniformly from `shortest` to `length`, the even numbers of them withou
   `( x o y )`, x of 1 to n - 4 tokens, uniform, and y of the rest. The sign o is + or -, and with `times` also *. One
   must keep what stands open, as deep as it goes.
 
+Of short expressions there are few (five of two tokens), so rows of less than 12 tokens are trained on and not asked.
+
 Grazzi et al.: modulus 5; rows of 3 to 40 tokens in training and 40 to 256 in the test, the answer counted (here it is
 not); two layers of width 128, 100,000 steps of 256 rows. Their score is (share right - chance) / (1 - chance). Those
-are the settings that they ship; the figures that they print took three layers and batches of 1024.
+are the settings that they ship; the figures that they print took three layers and batches of 1024. From memory, not
+checked: with brackets none of their models scores above 0.20, which is 0.36 right; the goal there is 0.35.
 
 Chance: the share of two rows that have the same answer, computed exactly; above 1 / modulus, for products are often 0.
 No plateau: a number of the row is as likely right as any.
@@ -176,24 +179,38 @@ def _plain_shares(m: int, length: int, times: bool) -> np.ndarray:
 
 
 def _trial(law: Arithmetic) -> Trial:
-    """Trained to 40 tokens, asked to eight times as many."""
-    ranges = ((2, 40), (42, 80), (82, 160), (162, 320))
+    """Trained to 40 tokens, asked to eight times as many; not the shortest, of which there are few."""
+    ranges = ((12, 40), (42, 80), (82, 160), (162, 320))
     tests = tuple(Part(dataclasses.replace(law, shortest=low, length=high), 256) for low, high in ranges)
     return Trial(
-        Probe(B=64, train=(Part(law),), test=tests), steps=5_000, lr=3e-3, blocks=2, mlp=True, about=_about(law)
+        Probe(B=32, train=(Part(law),), test=tests),
+        steps=3_000,
+        lr=3e-3,
+        blocks=2,
+        mlp=True,
+        goal=_goal(law),
+        about=_about(law),
     )
 
 
 def _smoke(law: Arithmetic) -> Trial:
     longer = dataclasses.replace(law, shortest=18, length=32)
-    data = Probe(B=64, train=(Part(law),), test=(Part(law, 128), Part(longer, 128)))
-    return Trial(data, steps=500, mlp=True, about=_about(law))
+    data = Probe(B=64, train=(Part(law),), test=(Part(_not_short(law), 128), Part(longer, 128)))
+    return Trial(data, steps=500, mlp=True, goal=_goal(law), about=_about(law))
 
 
 def _paper(law: Arithmetic) -> Trial:
     long = dataclasses.replace(law, shortest=40, length=256)
-    data = Probe(B=256, train=(Part(law),), test=(Part(law, 8_192), Part(long, 8_192)))
-    return Trial(data, steps=100_000, lr=1e-3, D=128, blocks=2, about=_about(law))
+    data = Probe(B=256, train=(Part(law),), test=(Part(_not_short(law), 8_192), Part(long, 8_192)))
+    return Trial(data, steps=100_000, lr=1e-3, D=128, blocks=2, goal=_goal(law), about=_about(law))
+
+
+def _not_short(law: Arithmetic) -> Arithmetic:
+    return dataclasses.replace(law, shortest=12)
+
+
+def _goal(law: Arithmetic) -> float:
+    return 0.35 if law.brackets else 0.99
 
 
 def _about(law: Arithmetic) -> str:

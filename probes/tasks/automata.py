@@ -22,7 +22,11 @@ of them for training, a row each in every epoch (200 epochs in batches of 32 at 
 test by; its rows are padded with a word of their own, ours by the frame. Its figures are curves alone.
 
 Chance: a letter of another automaton's row. Plateau: a letter of the row, drawn; more where the row has few. Both are
-computed from the automata, with the letters of words as they are on average.
+computed from the automata, with the letters of words as they are on average. What can be had, measured on rows of
+automata held out: the commonest letter so far after the longest run of letters and marks (up to five) that was seen
+before, an n-gram model learnt in context with back-off, is right in 0.88 of the questions at 128 tokens, 0.93 at 256
+and 0.95 at 512; one that is told the automaton's state, and says the commonest letter so far there, in 0.95, 0.98 and
+0.98. The steps to the goal are counted on automata held out.
 """
 
 import dataclasses
@@ -259,25 +263,34 @@ def smallest(raw: list[dict[int, int]]) -> Form:
 
 def _asked(law: Automata, rows: int, *lengths: int) -> tuple[Part, ...]:
     """New rows of the automata trained on, and rows of others, longer and longer."""
-    others = (dataclasses.replace(law, part="held_out", length=length) for length in lengths)
+    others = (dataclasses.replace(_others(law), length=length) for length in lengths)
     return tuple(Part(test, rows) for test in (law, *others))
 
 
-_LAW = Automata()
+def _others(law: Automata) -> Automata:
+    return dataclasses.replace(law, part="held_out")
+
+
+_LAW = Automata(length=128)
 _SMALL = Automata(length=128, automata=64, held_out=64)
 _PAPER = Automata(length=949, automata=5_000, held_out=250)
 
 trials = {
     "languages": Trial(
-        Probe(B=32, train=(Part(_LAW),), test=_asked(_LAW, 128, 256, 512, 949)),
-        steps=2_000,
+        Probe(B=32, train=(Part(_LAW),), test=_asked(_LAW, 128, 128, 256, 512, 949)),
+        steps=1_000,
         lr=3e-3,
         blocks=2,
         mlp=True,
-        goal=0.95,
+        goal=0.85,
+        watched=_others(_LAW),
     ),
     "languages@smoke": Trial(
-        Probe(B=32, train=(Part(_SMALL),), test=_asked(_SMALL, 64, 128)), steps=300, mlp=True, goal=0.95
+        Probe(B=32, train=(Part(_SMALL),), test=_asked(_SMALL, 64, 128)),
+        steps=300,
+        mlp=True,
+        goal=0.85,
+        watched=_others(_SMALL),
     ),
     # Rows and steps are published; width and depth, of which RegBench tries many, are not.
     "languages@paper": Trial(
@@ -288,5 +301,6 @@ trials = {
         blocks=2,
         mlp=True,
         goal=0.95,
+        watched=_others(_PAPER),
     ),
 }

@@ -8,7 +8,8 @@ each, values of the last third, all different.
 
 * After the context come slots of three tokens, drawn without replacement by the queries, slot g with weight
   (g+1)^(exponent-1), as in MQAR (probes/tasks/recall.py); a query is in the first two tokens of its slot.
-* `filler`: "zero", token 0, or "conflict_free", any token that is no part of a key of the row.
+* `filler`: "zero", token 0, or "conflict_free", any token that is no part of a key of the row (Zoology's
+  default is random tokens, parts of keys too).
 
 To answer, a model must bind a value to both parts at once: each part alone goes with `side` values.
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _FIRST, _SECOND, _VALUES, _ORDER, _SLOTS, _FILLER = range(6)  # streams of draws
@@ -87,14 +88,12 @@ class Compound(Task):
         facts[:, :, 0] = np.take_along_axis(first, cell // side, 1)
         facts[:, :, 1] = np.take_along_axis(second, cell % side, 1)
         facts[:, :, 2] = 2 * third + draws.distinct(seed, _VALUES, index_N, n, self.vocab - 2 * third)
-        # Rounded, so that the last bit of a machine's power function is not in the law.
-        weights = np.round(np.arange(1, self.length // 3 - n + 1) ** (self.exponent - 1) * 2.0**40)
-        slot = draws.weighted_order(seed, _SLOTS, index_N, weights, n)
+        slot = draws.slots(seed, _SLOTS, index_N, self.length // 3 - n, self.exponent, n)
 
         ids, labels = empty(N, self.length)
         if self.filler == "conflict_free":
             parts = np.concatenate([first, second], 1)
-            ids[:] = draws.others(parts, draws.integers(seed, _FILLER, index_N, self.length, self.vocab - 2 * side))
+            ids[:] = draws.besides(seed, _FILLER, index_N, self.length, self.vocab, parts)
         ids[:, : 3 * n] = facts.reshape(N, -1)
         place = 3 * (n + slot)
         np.put_along_axis(ids, place, facts[:, :, 0], 1)
@@ -102,13 +101,7 @@ class Compound(Task):
         np.put_along_axis(labels, place + 1, facts[:, :, 2], 1)
         pair = np.argsort(slot, axis=1)  # by place
         slot.sort(axis=1)
-        about = {"pair": pair, "slot": slot, "distance": 3 * (n + slot - pair), "depth": 3 * pair}
-        about["distractors"] = np.full_like(pair, 2 * (side - 1))
-        return Rows(ids, labels, about)
-
-
-def _probe(train: tuple[Compound, ...], tests: tuple[Compound, ...], rows: int) -> Probe:
-    return Probe(B=128, train=tuple(Part(law) for law in train), test=tuple(Part(law, rows) for law in tests))
+        return Rows(ids, labels, {"slot": slot, "distance": 3 * (n + slot - pair), "depth": 3 * pair})
 
 
 _LAW = Compound()
@@ -116,7 +109,7 @@ _LARGE = tuple(Compound(8192, 6 * side**2, side) for side in (2, 4, 8, 12, 16))
 
 trials = {
     "compound": Trial(
-        _probe(
+        probe(
             (_LAW,),
             (
                 _LAW,
@@ -127,9 +120,11 @@ trials = {
             ),
             512,
         ),
-        steps=800,
+        steps=640,
         blocks=2,
     ),
-    "compound@smoke": Trial(_probe((Compound(length=32, side=2),), (Compound(length=32, side=2),), 128), steps=100),
-    "compound@paper": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128, blocks=2),
+    "compound@smoke": Trial(
+        probe((Compound(length=32, side=2),), (Compound(length=32, side=2),), 128, B=128), steps=100
+    ),
+    "compound@large": Trial(probe(_LARGE[:3], _LARGE, 1_000, B=128), steps=20_000, lr=3e-3, D=128, blocks=2),
 }

@@ -17,7 +17,7 @@ length. (The paper packs several to 220 tokens, of which all but the first begin
 
 To copy, a model must keep the whole string and know where in it it is: by place, or by the n letters before, a lookup
 that a duplicate defeats. The `distractors` of a label count the other places of its string at which the `ngram` letters
-before it stand too; `pair` is its place in the string.
+before it stand too.
 
 Chance: a label of another row, 1 / letters, and the end where both end at once. No plateau.
 
@@ -27,13 +27,13 @@ from 50 letters to 1,000.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _LENGTHS, _LETTERS, _WHERE = range(3)  # streams of draws
@@ -109,6 +109,11 @@ class Copying(Task):
         hits = (both / self.letters + np.eye(len(share))) / (both + 1)
         return float(share @ hits @ share)
 
+    @property
+    def says(self) -> dict[str, Any]:
+        letters = str(self.low) if self.low == self.high else f"{self.low} to {self.high}"
+        return {"kind": self.kind, "letters": letters, "ngram": self.ngram, "answer": self.answer, "of": self.letters}
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 
@@ -139,8 +144,9 @@ class Copying(Task):
         labels[np.nonzero(own)[0], (first + j_Q)[own]] = said[own]
         read = j_Q < count
         ids[np.nonzero(read)[0], (first + 1 + j_Q)[read]] = said[read]
-        about = {"answer": np.zeros_like(letter), "pair": letter, "depth": self.before + letter}
-        about["distance"] = np.broadcast_to(first - self.before - start, letter.shape)
+        about = {"answer": np.zeros_like(letter), "depth": self.before + letter}
+        if self.lookup or self.low < self.high:
+            about["distance"] = np.broadcast_to(first - self.before - start, letter.shape)
         about["distractors"] = np.where(letter < n, 0, np.take_along_axis(others, np.clip(letter - n, 0, H - n), 1))
         return Rows(ids, labels, {k: np.where(own, v, -1) for k, v in about.items()}, (first + count + 1)[:, 0])
 
@@ -194,7 +200,7 @@ def _probe(
     law = Copying(kind, *train)
     laws = [law] + [Copying("duplicate", max(6, train[0]), train[1])] * (kind == "copy")
     laws += [Copying(kind, length, length) for length in tests]
-    return Probe(B=64, train=(Part(law),), test=tuple(Part(test, rows) for test in laws))
+    return probe([law], laws, rows)
 
 
 _KINDS: dict[str, tuple[Literal["copy", "prefix", "suffix"], str]] = {

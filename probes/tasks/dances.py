@@ -5,9 +5,11 @@
 A text's form of the ballet of Lampinen et al. 2021 (arXiv 2105.14039): there an agent sees some dances, each followed
 by a delay, and is asked for one. Each row has `dances` names of their own, of words 1..names, and for each `moves`
 words of names+1..vocab-1, drawn anew; `delay` tokens 0 follow each. Then one of the names comes again and its moves
-are asked for: the first at the name, each next one at the move before it (a move says little by itself: it may occur
-in each dance). Chance: 1 / (vocab - names - 1). Plateau: the moves of some dance of the
-row, 1 / dances and what chance adds.
+are asked for: the first at the name, each next one at the move before it. Chance: 1 / (vocab - names - 1).
+
+Plateau: what completion without the name gives (`keyless`, probes/tasks/task.py), 0.75 of four dances of three moves: a
+move or two tell which dance it is, however many different moves there are. So the share of whole dances (`exact`) is
+the headline.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import dataclasses
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, whole
+from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, keyless, whole
 from training.data import DataError
 
 _NAMES, _MOVES, _WHICH = range(3)  # streams of draws
@@ -49,8 +51,8 @@ class Dances(Task):
         return 1 / (self.vocab - self.names - 1)
 
     @property
-    def plateau(self) -> float:
-        return 1 / self.dances + (1 - 1 / self.dances) * self.chance  # moves may be the same by chance
+    def plateau(self) -> float | None:
+        return keyless(self.dances, self.moves, self.vocab - self.names - 1) if self.dances > 1 else None
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
         N = len(index_N)
@@ -71,7 +73,6 @@ class Dances(Task):
         depth = which[:, None] * each + 1 + np.arange(self.moves)
         about = {
             "answer": np.zeros([N, self.moves], np.int64),
-            "pair": np.repeat(which[:, None], self.moves, 1),
             "depth": depth,
             "distance": last + np.arange(self.moves) - depth,
         }

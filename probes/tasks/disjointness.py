@@ -82,9 +82,14 @@ class Disjointness(Task):
         row = np.tile(row, (1, 2)) if self.reading == "twice" else row
         labels = np.full(row.shape, NOT_ASKED, np.int32)
         labels[:, -1] = answer[:, 0]
-        # The row whole is read before the question where it is read twice: its last telling counts.
-        depth = self.length - (m + n + 3) + 1 + shared
-        return Rows(row, labels, {"slot": place, "depth": depth, "distance": self.length - 1 - depth})
+        # The row whole is read before the question where it is read twice: its last telling counts. The evidence is the
+        # token's place in either set.
+        begin, about = self.length - (m + n + 3), {}
+        if m > 1:
+            about["depth"] = begin + 1 + shared
+        if n > 1:
+            about["distance"] = self.length - 1 - (begin + 2 + m + place)
+        return Rows(row, labels, about)
 
 
 def mirrored(*sizes: tuple[int, int]) -> Sizes:
@@ -127,7 +132,7 @@ trials = {
             train=parts(_SMALL, 0, vocab=256, reading="twice"),
             test=parts((*_SMALL, *mirrored((4, 64))), 128, vocab=256, reading="twice"),
         ),
-        steps=800,
+        steps=720,
         blocks=2,
         about="Set disjointness, the row read twice before the question (JRT-prompt).",
     ),

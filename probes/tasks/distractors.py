@@ -10,9 +10,9 @@ written after it.
 `between`: "facts", blocks only say their pairs; "asked", every block, the first too, asks for its own keys right behind
 its pairs, in random order: other tasks are done while the first facts wait.
 
-To answer, a model must keep the first block's pairs while it writes the others': over `distractors`, the blocks between
-a fact's own and its question, accuracy shows interference and decay. A memory that routes what is said to slots of its
-own may isolate the blocks.
+To answer, a model must keep the first block's pairs while it writes the others': over `blocks`, or over `since`, the
+blocks said between a fact's own and its question, accuracy shows interference and decay. A memory that routes what is
+said to slots of its own may isolate the blocks.
 
 Chance: 1 / (vocab - vocab/2), any value. Plateau: some value that the row has said before the question.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _ORDER, _LAST = range(4)  # streams of draws
@@ -99,15 +99,15 @@ class Distractors(Task):
         ids[:, place] = np.take_along_axis(keys, pair, 1)
         labels[:, place] = np.take_along_axis(values, pair, 1)
         depth = pair // n * each + pair % n * 2
-        about = {"pair": pair, "depth": depth, "distance": place - depth, "distractors": after - pair // n}
+        about = {"depth": depth, "distance": place - depth}
+        if self.between == "asked" and R > 1:
+            about["since"] = after - pair // n
         return Rows(ids, labels, about)
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, **law: Any) -> Probe:
-    laws = {count: Distractors(blocks=count, **law) for count in train + tests}
-    return Probe(
-        B=128, train=tuple(Part(laws[count]) for count in train), test=tuple(Part(laws[count], rows) for count in tests)
-    )
+    learnt, asked = ([Distractors(blocks=count, **law) for count in counts] for counts in (train, tests))
+    return probe(learnt, asked, rows, B=128)
 
 
 trials = {

@@ -120,6 +120,17 @@ def weighted_order(seed: int, stream: int, index_N: Ints, weights: npt.NDArray[n
     return key[:, :count] & low
 
 
+def slots(seed: int, stream: int, index_N: Ints, space: int, exponent: float, count: int) -> Ints:
+    """`count` different ones of `space` slots, drawn one after another, slot g with weight (g+1)^(exponent-1)."""
+    return weighted_order(seed, stream, index_N, _power_law(space, exponent), count)
+
+
+@functools.lru_cache(64)
+def _power_law(space: int, exponent: float) -> npt.NDArray[np.float64]:
+    # Rounded, so that the last bit of a machine's power function is not in the law.
+    return np.round(np.arange(1, space + 1) ** (exponent - 1) * 2.0**40)
+
+
 def orders(seed: int, stream: int, index_N: Ints, count: int) -> Ints:
     """A random order of 0..count-1 for each row: int64 [N, count]."""
     key = bits(seed, stream, index_N, count)
@@ -141,6 +152,11 @@ def others(not_NK: Ints, draw_NL: Ints) -> Ints:
     row_N = np.arange(N)[:, None]
     below = np.searchsorted((row_N * span + gap_NK).ravel(), (row_N * span + draw_NL).ravel(), side="right")
     return draw_NL + below.reshape(draw_NL.shape) - row_N * K
+
+
+def besides(seed: int, stream: int, index_N: Ints, count: int, below: int, not_NK: Ints) -> Ints:
+    """Draws from those of 0..below-1 that are not among a row's not_NK, K different ones: int64 [N, count]."""
+    return others(not_NK, integers(seed, stream, index_N, count, below - not_NK.shape[1]))
 
 
 def markov(seed: int, stream: int, index_N: Ints, count: int, words: int, branches: int, chain: int) -> Ints:

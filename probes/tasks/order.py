@@ -18,11 +18,13 @@ excerpts before them and near it with long ones.
 """
 
 import dataclasses
+import itertools
+from typing import Any
 
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _WORDS, _APART, _PLACE, _SHOWN = range(4)  # streams of draws
@@ -75,6 +77,11 @@ class Order(Task):
     def chance(self) -> float:
         return 0.5
 
+    @property
+    def says(self) -> dict[str, Any]:
+        low, high = self.apart
+        return {"excerpt": self.excerpt, "segment": self.segment, "apart": f"{low} to {high}", "words": self.words}
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 
@@ -93,23 +100,21 @@ class Order(Task):
         return Rows(ids, labels, {"distance": E - start - apart, "depth": start})
 
 
-def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, segment: int = 4, words: int = 64) -> Probe:
+def _probe(
+    train: tuple[int, ...], tests: tuple[int, ...], rows: int, segment: int = 4, words: int = 64, B: int = 64
+) -> Probe:
     """Trained on some excerpts; asked of all, and of the longest of training by distance too."""
     E = max(train)
-    edges = [segment, E // 8, E // 4, E // 2, E - segment]
-    bins = [Order(E, segment, near, far, words) for near, far in zip(edges, edges[1:], strict=False)]
-    laws = [Order(excerpt, segment, words=words) for excerpt in tests]
-    return Probe(
-        B=64,
-        train=tuple(Part(Order(excerpt, segment, words=words)) for excerpt in train),
-        test=tuple(Part(law, rows) for law in laws + bins),
-    )
+    edges = [segment, E // 8, E // 4, E // 2, E - segment + 1]
+    bins = [Order(E, segment, near, end - 1, words) for near, end in itertools.pairwise(edges)]
+    learnt, asked = ([Order(excerpt, segment, words=words) for excerpt in some] for some in (train, tests))
+    return probe(learnt, asked + bins, rows, B)
 
 
 trials = {
-    "order": Trial(_probe((64, 128), (64, 128, 256, 512, 1024), 256), steps=2_000, lr=3e-3, blocks=2, mlp=True),
+    "order": Trial(_probe((32, 64), (32, 64, 128, 256, 512), 256, B=32), steps=1_600, lr=3e-3, blocks=2, mlp=True),
     "order@smoke": Trial(_probe((64,), (64,), 64), steps=100, blocks=2, mlp=True),
-    "order@paper": Trial(
+    "order@large": Trial(
         _probe((250, 1000), (250, 1000, 2500, 10_000, 20_000), 990, segment=20, words=1024),
         steps=20_000,
         lr=1e-3,

@@ -5,8 +5,8 @@
 Each row has `keys` keys of its own, of words 1..vocab/2-1; every statement draws one of them and a value of
 vocab/2..vocab-1. A statement is a question too: its key asks for the value before the new one is told. From one
 statement of a key to the next there are 2 · keys tokens on average (geometric), whatever the length of the row: what a
-memory must do is not to hold more, but to forget well. Chance: 1 / (vocab - vocab/2). A model that says any value which
-the row told before is right 1 / keys of the time, or a little more: values repeat.
+memory must do is not to hold more, but to forget well. Chance: 1 / (vocab - vocab/2). Plateau: any key's current value,
+1 / keys and by chance in the rest, once all keys are told (0.34 of 4 keys and 8 values; a little more before).
 """
 
 import dataclasses
@@ -45,6 +45,10 @@ class Overwrite(Task):
     def chance(self) -> float:
         return 1 / (self.vocab - self.vocab // 2)
 
+    @property
+    def plateau(self) -> float:
+        return 1 / self.keys + (1 - 1 / self.keys) * self.chance
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         N, S = len(index_N), self.length // 2
         own_NK = 1 + draws.distinct(seed, _KEYS, index_N, self.keys, self.vocab // 2 - 1)
@@ -62,7 +66,11 @@ class Overwrite(Task):
         told = before_NS >= 0
         labels_NT[:, 0::2][told] = np.take_along_axis(value_NS, before_NS, 1)[told]
         gap_NS = 2 * (np.arange(S) - before_NS)
-        return Rows(ids_NT, labels_NT, by_question(told, self.asked, pair=which_NS, distance=gap_NS))
+        # Keys by the order in which the row tells them.
+        nth_NS, nth_NK = np.cumsum(~told, 1) - 1, np.zeros([N, self.keys], np.int64)
+        nth_NK[np.nonzero(~told)[0], which_NS[~told]] = nth_NS[~told]
+        pair_NS = np.take_along_axis(nth_NK, which_NS, 1)
+        return Rows(ids_NT, labels_NT, by_question(told, self.asked, pair=pair_NS, distance=gap_NS))
 
 
 _LAW = Overwrite(vocab=16, keys=4)

@@ -8,19 +8,20 @@ and with them `recent` of the other keys that were written, all in one random or
 different draws from 1..W/2-1, W = `vocab`; values are of W/2..W-1, those of the first facts different.
 
 To answer, a memory must let a fact stand that nothing confirms while it writes others: where facts lie in weights, each
-update moves them a little; where they lie in slots, it may take one over. Over `distractors`, the updates since a fact
-was last written, accuracy is the curve of forgetting. Without `recent` a model may learn to write nothing but a row's
-first pairs, and would forget nothing; with it the updates must be written too: train with, ask without.
+update moves them a little; where they lie in slots, it may take one over. Over `updates`, or over `since`, the updates
+after a key was last written, accuracy is the curve of forgetting. Without `recent` a model may learn to write nothing
+but a row's first pairs, and would forget nothing; with it the updates must be written too: train with, ask without.
 
 Chance: 1 / (vocab - vocab/2), any value. Plateau, without `recent`: some value of the first facts, 1 / facts.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _WHICH, _NEW, _RECENT, _ORDER = range(6)  # streams of draws
@@ -101,21 +102,25 @@ class Retention(Task):
         ids[:, 1:context:2] = self.vocab // 2 + said[:, :, 1]
         ids[:, context:] = np.take_along_axis(keys, asked, 1)
         labels[:, context:] = self.vocab // 2 + np.take_along_axis(said[:, :, 1], pair, 1)
-        about = {"pair": pair, "depth": 2 * pair, "distance": context + np.arange(self.asked) - 2 * pair}
-        about["distractors"] = facts + updates - np.maximum(pair, facts - 1) - 1
+        about = {"depth": 2 * pair, "distance": context + np.arange(self.asked) - 2 * pair}
+        if self.recent:
+            about["since"] = facts + updates - np.maximum(pair, facts - 1) - 1
         return Rows(ids, labels, about)
 
 
-def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, vocab: int = 256, facts: int = 4) -> Probe:
+def _trial(
+    train: tuple[int, ...], tests: tuple[int, ...], rows: int, vocab: int = 256, facts: int = 4, **trial: Any
+) -> Trial:
     """Trained to keep all facts over some updates; asked for the first ones over more."""
-    learnt = tuple(Part(Retention(vocab, facts, N, recent=min(N, 4))) for N in train)
-    return Probe(B=128, train=learnt, test=tuple(Part(Retention(vocab, facts, N), rows) for N in tests))
+    learnt = [Retention(vocab, facts, N, recent=min(N, 4)) for N in train]
+    data = probe(learnt, [Retention(vocab, facts, N) for N in tests], rows, B=128)
+    return Trial(data, watched=Retention(vocab, facts, train[-1]), **trial)
 
 
 trials = {
-    "retention": Trial(_probe((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512), steps=800),
-    "retention@smoke": Trial(_probe((4,), (0, 4, 8), 128), steps=100),
-    "retention@large": Trial(
-        _probe((16, 64, 256), (0, 16, 64, 256, 1024, 4096), 1_000, 8192, 16), steps=20_000, lr=3e-3, D=128
+    "retention": _trial((4, 8, 16), (0, 4, 8, 16, 32, 64, 128, 256), 512, steps=640),
+    "retention@smoke": _trial((4,), (0, 4, 8), 128, steps=100),
+    "retention@large": _trial(
+        (16, 64, 256), (0, 16, 64, 256, 1024, 4096), 1_000, 8192, 16, steps=20_000, lr=3e-3, D=128
     ),
 }

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -33,9 +33,12 @@ class Rows(NamedTuple):
             pair         which of the row's facts is asked for, in the order in which they were said
             slot         which of the places for questions is used
             distance     tokens from the (last) evidence to the question
-            depth        where the evidence stands, in tokens from the row's start
-            distractors  facts of the same form that are not asked for
+            depth        where the (first) evidence stands, in tokens from the row's start
+            distractors  what else in the row looks like the evidence
+            since        how much was written after the evidence, in blocks or updates, as the task counts
+            older        values that were told before the one asked for and count no more
             legal        a bit for each word that may be said (words below 63), where not the label alone is right
+        What is the same for all questions of a law is left out, and what follows from another of these alone.
     length_N: tokens of each row, where they differ; what is beyond is padding.
     """
 
@@ -52,11 +55,12 @@ class Task:
     (probes/tasks/draws.py). What all rows of a law share besides, such as a map to be learnt by heart, is drawn from a
     field.
 
-    version: of the rows; another number whenever the same (seed, index) gives another row.
+    version: of the rows; another number whenever the same (seed, index) gives other tokens, labels or lengths.
     vocab: words. length: tokens of the longest row. asked: labels of a row, at most.
     chance: share right of a model that knows the law but not the row: it answers as another row would.
     plateau: share right of one that answers with something of the right kind that the row says; None where that is no
-        guess of its own.
+        guess of its own. Of answers of several tokens, which stand in the row as far as they were asked, `keyless`:
+        that is high, and the share of whole answers is what counts.
     region: tokens at a row's start that may be read ahead (JRT); 0 for none.
     bottleneck: all is to be said from what the model knows at the row's end (probes/bottleneck.py).
     """
@@ -97,6 +101,13 @@ class Task:
     def harder(self) -> "Task | None":
         """The same law with more to remember, in rows of the same length; None where there is none."""
         return None
+
+    @property
+    def says(self) -> dict[str, Any]:
+        """What reports know the law by; those of a trial are told from each other by what differs."""
+        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        first = [name for name in fields if name == "length"]
+        return {name: getattr(self, name) for name in first + [name for name in fields if name != "length"]}
 
     @functools.cached_property
     def name(self) -> str:
@@ -153,6 +164,24 @@ def by_question(asked_NS: npt.NDArray[np.bool_], Q: int, **values_NS: Ints) -> d
     return about
 
 
+@functools.lru_cache(256)
+def keyless(facts: int, tokens: int, words: int) -> float:
+    """Share right of the best completion without a key, where a fact is `tokens` uniform ones of `words`.
+
+    An answer's tokens so far stand before the next one, so it can be guessed without the question: as most of the row's
+    facts go on that agree with them (before the first token, all do). Measured, on facts that are always the same; what
+    was asked for before in a row is not made use of.
+    """
+    rows = max(16, (1 << 16) // facts)
+    fact_RT = draws.integers(_KEYLESS, 0, np.arange(rows), facts * tokens, words).reshape(rows * facts, tokens)
+    alike_R, right = np.repeat(np.arange(rows), facts), 0  # a number for each row, and what was said of the fact
+    for t in range(tokens):
+        longer, alike_R, count = np.unique(alike_R * words + fact_RT[:, t], return_inverse=True, return_counts=True)
+        shorter = longer // words
+        right += np.maximum.reduceat(count, np.flatnonzero(np.diff(shorter, prepend=-1))).sum()
+    return float(right / fact_RT.size)
+
+
 def whole(task: Any, **least: int) -> None:
     """Raises DataError, naming the field, unless each of the named fields is at least so much. For `__post_init__`."""
     for field, low in least.items():
@@ -176,7 +205,7 @@ class Probe(DataConfig):
     train: parts with a number of rows are visited whole in each epoch, in batches of one part (the last of a part
         filled up with its first rows), the batches of all parts in random order. Parts without one take turns, and no
         row comes twice. The rows come from the run's seed.
-    test: rows never trained on; the same for every run.
+    test: rows of another seed, the same for every run. Where a law has few different rows, some are trained on too.
     T: length of a training row, at least that of the longest law (0: just that); shorter rows are padded.
     """
 
@@ -206,6 +235,11 @@ class Probe(DataConfig):
 
     def build(self) -> "ProbeData":
         return ProbeData(self)
+
+
+def probe(train: Sequence[Task], tests: Sequence[Task], rows: int, B: int = 64) -> Probe:
+    """Trained on ever new rows of some laws, by turns; asked so many rows of each of some."""
+    return Probe(B=B, train=tuple(Part(law) for law in train), test=tuple(Part(law, rows) for law in tests))
 
 
 class ProbeData(Dataset):
@@ -270,7 +304,7 @@ class ProbeData(Dataset):
         return " ".join(map(str, np.asarray(ids).tolist()))
 
 
-_TRAIN, _TEST, _ORDER, _SCHEDULE = range(4)  # seeds are kept apart by what they are for
+_TRAIN, _TEST, _ORDER, _SCHEDULE, _KEYLESS = range(5)  # seeds are kept apart by what they are for
 
 
 @functools.lru_cache(16)
@@ -296,6 +330,7 @@ class Trial:
     layer under test. conv: a gated short convolution stands before each (Zoology's architecture), which a layer without
     one of its own needs to see two tokens at once. mlp: an MLP stands behind each. goal: of the accuracy, at which the
     steps to it are counted. about: what is asked, in a line; the first sentence of the task's file if empty.
+    watched: the law that the steps to the goal are counted on; None for the last trained.
     """
 
     data: Probe
@@ -307,6 +342,12 @@ class Trial:
     mlp: bool = False
     goal: float = 0.99
     about: str = ""
+    watched: Task | None = dataclasses.field(default=None, repr=False)  # a config's hash has its name
+
+    @property
+    def goal_law(self) -> Task:
+        """The law that the steps to the goal are counted on."""
+        return self.watched or self.data.train[-1].task
 
 
 def discover() -> dict[str, Trial]:

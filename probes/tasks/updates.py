@@ -4,14 +4,14 @@
 
 A row says `pairs` key-value pairs, then `updates` of its keys, chosen at random, again with new values, then asks for
 each key once. Keys, slots and filler are as in MQAR (probes/tasks/recall.py), queries in the order in which they were
-drawn; "zero" and "conflict_free" are the fillers that bind no key again.
+drawn; "zero" and "conflict_free" are the fillers that bind no key again (Zoology's default, random tokens, may).
 
 All values of a row are different, so a key's new value is never its old one nor that of any other. (Zoology only sees
 to it that the new value of the j-th update is not the old one of the j-th key, which is not the key that is updated: it
 may be said twice.)
 
 To answer, a model must overwrite: an additive memory that keeps both values of a key has no way to tell which came
-last. The `distractors` of a question are the older values of its key, 0 or 1.
+last. `older` of a question are the values that its key had before, 0 or 1.
 
 Chance: 1 / (vocab - vocab/2), any value. Plateau: 1 / (pairs + updates), some value of the row; a model that overwrites
 nothing says the old value at each key that has a new one, and is right in 1 - updates/pairs of the questions.
@@ -24,7 +24,7 @@ import numpy as np
 
 from layers.layer import one_of
 from probes.tasks import draws
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _KEYS, _VALUES, _SLOTS, _FILLER, _UPDATED = range(5)  # streams of draws
@@ -86,13 +86,12 @@ class Updates(Task):
         keys = 1 + draws.distinct(seed, _KEYS, index_N, pairs, vocab // 2 - 1)
         values = vocab // 2 + draws.distinct(seed, _VALUES, index_N, said, vocab - vocab // 2)
         updated = draws.distinct(seed, _UPDATED, index_N, self.updates, pairs)
-        # Rounded, so that the last bit of a machine's power function is not in the law.
-        weights = np.round(np.arange(1, (self.length - self.context) // 2 + 1) ** (self.exponent - 1) * 2.0**40)
-        place = self.context + 2 * draws.weighted_order(seed, _SLOTS, index_N, weights, pairs)
+        space = (self.length - self.context) // 2
+        place = self.context + 2 * draws.slots(seed, _SLOTS, index_N, space, self.exponent, pairs)
 
         ids, labels = empty(len(index_N), self.length)
         if self.filler == "conflict_free":
-            ids[:] = draws.others(keys, draws.integers(seed, _FILLER, index_N, self.length, vocab - pairs))
+            ids[:] = draws.besides(seed, _FILLER, index_N, self.length, vocab, keys)
         ids[:, 0 : 2 * said : 2] = np.concatenate([keys, np.take_along_axis(keys, updated, 1)], 1)
         ids[:, 1 : 2 * said : 2] = values
         last = np.broadcast_to(np.arange(pairs), keys.shape).copy()  # where a key was said last, in pairs
@@ -101,13 +100,12 @@ class Updates(Task):
         np.put_along_axis(labels, place, np.take_along_axis(values, last, 1).astype(np.int32), 1)
         pair = np.argsort(place, axis=1)  # by place
         place, last = np.take_along_axis(place, pair, 1), np.take_along_axis(last, pair, 1)
-        about = {"pair": pair, "slot": (place - self.context) // 2, "distance": place - 2 * last, "depth": 2 * last}
-        about["distractors"] = (last >= pairs).astype(np.int64)
+        about = {"slot": (place - self.context) // 2, "distance": place - 2 * last, "depth": 2 * last}
+        if self.updates:
+            about["pair"] = pair
+        if 0 < self.updates < pairs:
+            about["older"] = (last >= pairs).astype(np.int64)
         return Rows(ids, labels, about)
-
-
-def _probe(train: tuple[Updates, ...], tests: tuple[Updates, ...], rows: int) -> Probe:
-    return Probe(B=128, train=tuple(Part(law) for law in train), test=tuple(Part(law, rows) for law in tests))
 
 
 _LAW = Updates()
@@ -119,7 +117,7 @@ _LARGE = tuple(
 
 trials = {
     "updates": Trial(
-        _probe(
+        probe(
             (_LAW,),
             (
                 _LAW,
@@ -129,8 +127,9 @@ trials = {
                 dataclasses.replace(_LAW, length=256, pairs=32, updates=16),
             ),
             512,
+            B=128,
         )
     ),
-    "updates@smoke": Trial(_probe((_SMOKE,), (_SMOKE,), 128), steps=100),
-    "updates@paper": Trial(_probe(_LARGE[:3], _LARGE, 1_000), steps=20_000, lr=3e-3, D=128),
+    "updates@smoke": Trial(probe((_SMOKE,), (_SMOKE,), 128, B=128), steps=100),
+    "updates@large": Trial(probe(_LARGE[:3], _LARGE, 1_000, B=128), steps=20_000, lr=3e-3, D=128),
 }

@@ -13,12 +13,14 @@ A row is a text by a chain of order 2, the same for all rows (`branches`, `chain
 
 To answer, a model must pick facts out of words, let a person's last room overwrite the ones before, and for "qa2" go
 from the object to a person and on to a room that may have been said before or after. `depth` is the start of the first
-supporting fact, `distance` counts from the last to the question, `distractors` are the facts that do not support, and
-`pair` is the fact that says the room.
+supporting fact, `distance` counts from the last to the question (of "qa2", which has two), and `pair` is the fact that
+says the room.
 
-Chance: 1 / rooms. No plateau: most rooms are said in most rows. bAbI's qa1 has one supporting fact of 2 to 10, qa2 two
-of 2 to 68; BABILong has 100 or 1,000 rows of each length. Of its text, Phi-3-mini with 128k of context, instruction and
-examples, percent by length, counted anew from the repository's stored answers, 999 of each:
+Chance: 1 / rooms. Plateau: the last room said, whoever is there, which is right if it is the person's, or by chance.
+
+bAbI's qa1 has one supporting fact of 2 to 10, qa2 two of 2 to 68; BABILong has 100 or 1,000 rows of each length. Of its
+text, Phi-3-mini with 128k of context, instruction and examples, percent by length, counted anew from the repository's
+stored answers, 999 of each:
 
             0k   1k   2k   4k   8k   16k   32k   64k   128k
     qa1     97   85   72   69   70    60    53    38      1
@@ -26,6 +28,7 @@ examples, percent by length, counted anew from the repository's stored answers, 
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +36,7 @@ import numpy as np
 from layers.layer import one_of
 from probes.tasks import draws
 from probes.tasks.needles import lay
-from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, whole
+from probes.tasks.task import Ints, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 _TAKES, _PERSONS, _TAKERS, _ROOMS, _OBJECTS, _GAPS, _FILLER, _ASKED = range(8)  # streams of draws
@@ -80,6 +83,19 @@ class World(Task):
     def chance(self) -> float:
         return 1 / self.rooms
 
+    @property
+    def plateau(self) -> float:
+        ats, takes = self.facts - self.takes, self.takes
+        last = 1 / ats  # how likely the person asked for is the one of the last AT because he was drawn by it
+        if self.kind == "qa2":
+            last = 0.0
+            for k in range(1, takes + 1):  # the k-th TAKES says who has the object, and the last AT is before it
+                holds = (1 + (k - 1) / self.objects) * (1 - 1 / self.objects) ** (takes - k) / takes
+                before = math.comb(self.facts - 1 - (takes - k + 1), k - 1) / math.comb(self.facts - 1, takes)
+                last += holds * before / ats
+        same = last + (1 - last) / self.persons
+        return same + (1 - same) / self.rooms
+
     def rows(self, seed: int, index_N: Ints) -> Rows:
         # At least 64 rows in a block, however long: a chain takes a step of all rows at once.
         return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, min(self.length, 1024))
@@ -117,8 +133,8 @@ class World(Task):
         labels[:, -1] = first_room + room[row_N, support[-1]]
         fact = np.stack(support, 1)
         about = {"pair": fact[:, -1:], "depth": np.take_along_axis(start, fact.min(1, keepdims=True), 1)}
-        about["distance"] = self.length - 2 - np.take_along_axis(start, fact.max(1, keepdims=True), 1)
-        about["distractors"] = np.full([N, 1], F - fact.shape[1])
+        if self.kind == "qa2":
+            about["distance"] = self.length - 2 - np.take_along_axis(start, fact.max(1, keepdims=True), 1)
         return Rows(ids, labels, about)
 
     def _events(self, seed: int, index_N: Ints) -> tuple[np.ndarray, Ints, Ints, Ints]:
@@ -147,12 +163,8 @@ def _last(true_NF: np.ndarray) -> Ints:
 
 
 def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int = 64, **law: Any) -> Probe:
-    laws = {length: World(length=length, **law) for length in train + tests}
-    return Probe(
-        B=B,
-        train=tuple(Part(laws[length]) for length in train),
-        test=tuple(Part(laws[length], rows) for length in tests),
-    )
+    learnt, asked = ([World(length=length, **law) for length in lengths] for lengths in (train, tests))
+    return probe(learnt, asked, rows, B)
 
 
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -165,12 +177,12 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 trials = {}
 for _name, (_about, _law) in _KINDS.items():
     trials[_name] = Trial(
-        _probe((64, 128), (64, 128, 256, 512, 1024, 2048), 256, **_law), 2_000, 3e-3, blocks=2, mlp=True, about=_about
+        _probe((32, 64), (32, 64, 128, 256, 512, 1024), 256, 32, **_law), 2_000, 3e-3, blocks=2, mlp=True, about=_about
     )
     trials[f"{_name}@smoke"] = Trial(
         _probe((48,), (48, 96), 64, 32, words=32, **_law), 100, blocks=2, mlp=True, about=_about
     )
-    trials[f"{_name}@paper"] = Trial(
+    trials[f"{_name}@large"] = Trial(
         _probe((1024,), (1024, 2048, 4096, 8192, 16384), 1_000, **_law),
         steps=20_000,
         lr=1e-3,
