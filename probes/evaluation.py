@@ -150,7 +150,7 @@ def _exact(right_NQ: npt.NDArray[np.bool_], own_NQ: npt.NDArray[np.bool_], answe
 def bins(values: Ints, right: npt.NDArray[np.bool_]) -> list[Bin]:
     """Accuracy by value; where there are many, in bins that hold about as many questions each."""
     known = np.unique(values)
-    if len(known) > 2 * BINS:
+    if len(known) > BINS:
         edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1), method="lower")).astype(np.int64)
         lows, highs = edges[:-1].tolist(), [*(edges[1:-1] - 1).tolist(), int(edges[-1])]
     else:

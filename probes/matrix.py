@@ -27,6 +27,7 @@ DARK: Any = {
     "ytick.color": "#e6e6e6",
     "grid.color": "#30363d",
 }
+WIDEST = 26  # columns beside each other
 Draw = Callable[[bool], Figure]  # dark -> the picture
 
 
@@ -74,11 +75,13 @@ def matrix(
         longest = max((len(c) for columns in panels.values() for c in columns), default=1)
         every = [cell for row in values.values() for panel in row.values() for cell in panel if cell is not None]
         width = 0.56 if all(spread < 0.005 for _, spread in every) else 0.7
-        figure = Figure(
-            figsize=(2.2 + width * sum(widths) + 0.25 * len(panels), 1.1 + 0.09 * longest + 0.27 * len(names)),
-            layout="constrained",
-        )
-        grid = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+        stacked = sum(widths) > WIDEST  # panels below each other
+        across = max(widths) if stacked else sum(widths)
+        down = (len(panels) if stacked else 1) * (0.7 + 0.09 * longest + 0.27 * len(names))
+        shape = (len(panels), 1) if stacked else (1, len(panels))
+        figure = Figure(figsize=(2.2 + width * across + 0.25 * shape[1], 0.4 + down), layout="constrained")
+        ratios = None if stacked else widths
+        grid = figure.subplots(*shape, squeeze=False, gridspec_kw={"width_ratios": ratios}).ravel()
         colours = matplotlib.colormaps["cividis"]
         for number, (axes, (panel, columns)) in enumerate(zip(grid, panels.items(), strict=True)):
             rows = [list(values[model][panel]) for model in models] + ([list(guides[panel])] if guides else [])
@@ -90,7 +93,7 @@ def matrix(
                         shade = "#000000" if cell[0] > 0.55 else "#ffffff"
                         axes.text(c, r, _said(*cell), ha="center", va="center", fontsize=7.5, color=shade)
             axes.set_xticks(range(len(columns)), columns, rotation=90 if longest > 5 else 0, fontsize=7.5)
-            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), fontsize=8)
+            axes.set_yticks(range(len(names)), names if stacked or number == 0 else [""] * len(names), fontsize=8)
             axes.tick_params(length=0)
             axes.grid(False)
             axes.set_xlabel(panel, fontsize=8.5)
@@ -143,7 +146,7 @@ def _labels(axes: Axes, at: Sequence[tuple[float, float, str]]) -> None:
     low, high = np.log10(min(x for x, *_ in at)), np.log10(max(x for x, *_ in at))
     span = max(high - low, 0.5)
     axes.set_xlim(10 ** (low - 0.06 * span), 10 ** (high + 0.32 * span))
-    for size, mean, name in at:
+    for size, mean, name in sorted(at, key=lambda point: -point[1]):  # names give way downwards
         x = (np.log10(size) - low) / span
         y = mean
         while any(abs(x - a) < 0.26 and abs(y - b) < 0.042 for a, b in taken):
