@@ -353,7 +353,8 @@ class Trial:
 def discover() -> dict[str, Trial]:
     """The trials of all files of this folder by name; a new file is found without being listed.
 
-    A file's `trials` has the laptop's size of a task as NAME, and others as NAME@SIZE (a paper's, or "smoke").
+    A file's `trials` has the laptop's size of a task as NAME, and others as NAME@SIZE: "paper" as published, "large",
+    "smoke" for a look.
     """
     found: dict[str, Trial] = {}
     package = __name__.rpartition(".")[0]
