@@ -2,12 +2,16 @@
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from layers.layer import LayerConfig
+if TYPE_CHECKING:
+    from layers.layer import LayerConfig
 
 
-def discover() -> tuple[type[LayerConfig], ...]:
+def discover() -> "tuple[type[LayerConfig], ...]":
     """Every concrete LayerConfig defined in this room, sorted by name; a new file is found without being listed."""
+    from layers.layer import LayerConfig  # imports jax
+
     for module in pkgutil.iter_modules(__path__):
         if not module.ispkg:
             importlib.import_module(f"{__name__}.{module.name}")

@@ -5,10 +5,13 @@ Each task's own law is judged in a file of its own, from what its rows say.
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import said
+import tiny
 
 from probes.tasks import mad, task
 from probes.tasks.dances import Dances
@@ -148,3 +151,9 @@ def test_the_steps_to_a_goal_are_counted_on_a_law_trained_on():
 def test_golden(law, golden):
     """The same rows on every machine, Python and numpy: results of different days can be compared."""
     assert said.digest(law) == golden
+
+
+def test_rows_need_no_jax():
+    """Another framework may train on them (benchmarks/recall_peers.py), in an environment of its own."""
+    code = "import sys; from probes.tasks import task; task.discover(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, timeout=60).returncode == 0

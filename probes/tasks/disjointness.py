@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from layers.layer import one_of
+from layers.fields import one_of
 from probes.tasks import draws
 from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, whole
 from training.data import NOT_ASKED, DataError

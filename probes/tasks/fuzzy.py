@@ -26,7 +26,7 @@ import functools
 
 import numpy as np
 
-from layers.layer import one_of
+from layers.fields import one_of
 from probes.tasks import draws
 from probes.tasks.in_context import Targets, sayings
 from probes.tasks.task import Ints, Rows, Task, by_question, empty, in_blocks, whole

@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 
-from layers.layer import one_of
+from layers.fields import one_of
 from probes.tasks import draws
 from probes.tasks.task import Ints, Rows, Task, by_question, empty, in_blocks, whole
 from training.data import DataError

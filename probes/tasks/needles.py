@@ -47,7 +47,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from layers.layer import one_of
+from layers.fields import one_of
 from probes.tasks import draws
 from probes.tasks.task import Int32s, Ints, Probe, Rows, Task, Trial, empty, in_blocks, keyless, probe, whole
 from training.data import DataError

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from layers.layer import one_of
+from layers.fields import one_of
 from probes.tasks import draws
 from probes.tasks.task import Ints, Rows, Task, empty, in_blocks, whole
 from training.data import DataError
