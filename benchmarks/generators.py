@@ -161,8 +161,8 @@ def compare(options: argparse.Namespace) -> None:
             console.print(lines[-1], soft_wrap=True)
     if options.write:
         said = time.strftime("%Y-%m-%d")
-        peers = "".join(f" --{name} CHECKOUT" for name in ("zoology", "mad") if getattr(options, name))
-        command = f"python -m benchmarks.generators{peers}{' --python PYTHON' * bool(peers)} --rounds {options.rounds}"
+        given = "".join(f" --{name} CHECKOUT" for name in ("zoology", "mad") if getattr(options, name))
+        command = f"python -m benchmarks.generators{given}{' --python PYTHON' * bool(given)} --rounds {options.rounds}"
         lines = ["# Generators", "", *lines, "", f"`{command}`, {said}, numpy {np.__version__}, one core."]
         options.write.write_text("\n".join(lines) + "\n")
 
