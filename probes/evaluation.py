@@ -83,17 +83,16 @@ def _evaluate(answer: Answer, part: Part, slice: dict[str, Any], seed: int | Non
     B = max(1, min(part.rows, TOKENS // task.length))
     found: list[dict[str, npt.NDArray[Any]]] = []
     for first in range(0, part.rows, B):
-        batch = task.batch(seed, np.arange(first, first + B), task.length, beyond=part.rows)
-        rows = task.rows(seed, np.arange(first, min(first + B, part.rows)))
-        best, nats = (
-            at_questions(np.asarray(x)[: len(rows.ids_NT)], rows.labels_NT) for x in answer(batch, task.asked)
-        )
+        index_B = np.arange(first, first + B)  # the last batch is as large as the others: no program of its own
+        rows = task.rows(seed, index_B)
+        said = answer(task.padded(rows, task.length, index_B < part.rows), task.asked)
+        best, nats = (at_questions(np.asarray(x), rows.labels_NT) for x in said)
         label = at_questions(rows.labels_NT, rows.labels_NT)
         right = best == label
         if "legal" in rows.about:
             right = rows.about["legal"][:, : best.shape[1]] >> best & 1 == 1
         mine = {**rows.about, "label": label, "right": right & (label != NOT_ASKED), "nats": nats}
-        found.append({name: _columns(x, task.asked) for name, x in mine.items()})
+        found.append({name: _columns(x[: part.rows - first], task.asked) for name, x in mine.items()})
     about = {name: np.concatenate([batch[name] for batch in found]) for name in found[0] if name != "legal"}
     label_NQ, right_NQ, nats_NQ = (about.pop(name) for name in ("label", "right", "nats"))
     own_NQ = label_NQ >= 0

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.lm import LM
 from models.parameters import Params, Structure, flatten
-from probes.evaluation import Answer
-from probes.small_runs import scored
+from probes.small_runs import answerer
 from training.data import Batch, Dataset
 from training.experiment import AdamW, Experiment, Muon, Train
 from training.optimizer import build_optimizer
@@ -61,8 +60,10 @@ class Grid:
         decays = [optimizer.weight_decay if arm.weight_decay is None else arm.weight_decay for arm in arms]
         numbers = Numbers(*(jnp.array(x, jnp.float32) for x in ([arm.rate for arm in arms], decays)))
         self._numbers = jax.device_put(numbers, self._home)
-        self._step = jax.jit(jax.vmap(self._one, in_axes=(0, 0, 0)), donate_argnums=0)
-        self._said = jax.jit(self._say, static_argnames=("labelled", "skip"))
+        self.answers = answerer(self.structure)
+        # Places that are the same for every arm stay so for XLA: a condition on them must not become a choice.
+        self._step = jax.jit(jax.vmap(self._one, in_axes=(0, Batch(0, 0, 0, 0), 0)), donate_argnums=0)  # type: ignore[arg-type]
+        self._in_step = jax.jit(jax.vmap(self._one, in_axes=(0, Batch(0, None, 0, 0), 0)), donate_argnums=0)  # type: ignore[arg-type]
 
     def _optimizer(self, numbers: Numbers | None = None) -> Any:
         e, specs = self.experiment, self.structure.specs
@@ -103,18 +104,13 @@ class Grid:
         """(steps done, parameters of all arms, losses of the last step [A]) after every so many steps."""
         state, steps = self.start(), self.experiment.train.steps
         for done in range(1, steps + 1):
-            state, loss_A = self._step(state, jax.device_put(self.batch(done - 1), self._home), self._numbers)
+            batch, step = self.batch(done - 1), self._step
+            if (batch.pos_BT == batch.pos_BT[:1]).all():
+                batch, step = batch._replace(pos_BT=batch.pos_BT[0]), self._in_step
+            state, loss_A = step(state, batch, self._numbers)
             if done % every == 0 or done == steps:
                 yield done, state["params"], np.asarray(loss_A)
 
     def of(self, params: Params, arm: int) -> Params:
         """The parameters of one arm."""
         return {name: value[arm] for name, value in params.items()}
-
-    def answers(self, params: Params, skip: tuple[str, ...] = ()) -> Answer:
-        """How the parameters of one arm answer."""
-        return lambda batch, labelled: self._said(params, batch, labelled=labelled, skip=skip)
-
-    def _say(self, params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
-        scores = scored(self.structure.module(params), batch, labelled, skip)
-        return scores.best, scores.nll

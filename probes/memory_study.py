@@ -31,12 +31,11 @@ from layers.test_time import TestTimeMemory, Unstable
 from layers.titans import Titans
 from models.lm import LM, Stage
 from models.parameters import flatten
+from probes.grid import Arm, Grid
 from probes.tasks.overwrite import Overwrite
 from probes.tasks.task import Part, Probe, ProbeData
-from training.data import NOT_ASKED, Batch
-from training.experiment import AdamW, Experiment, Schedule, Train
-from training.optimizer import build_optimizer
-from training.step import init_state, train_step
+from training.data import NOT_ASKED
+from training.experiment import AdamW, Schedule
 
 WINDOW, LENGTHS, STEP = 4, (64, 128, 256, 512), 0.25
 LAW, ROWS = Overwrite(vocab=16, length=64, keys=4), 128
@@ -93,28 +92,12 @@ def model_of(mixer: LayerConfig, vocab: int) -> LM:
 
 def trained(variant: Variant, data: ProbeData, steps: int, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
     """Parameters of all seeds, stacked, and the loss of each step [steps, seeds]."""
-    experiment = Experiment(
-        "study",
-        model_of(variant.mixer, data.words),
-        data.config,
-        AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0)),
-        Train(steps=steps),
-    )
-    models = [flatten(experiment.model.build(rngs=nnx.Rngs(seed))) for seed in range(seeds)]
-    structure = models[0][1]
-    optimizer = build_optimizer(experiment.optimizer, steps, experiment.train.clip, structure.specs)
-    states = [init_state(experiment, params, optimizer) for params, _ in models]
-    state = jax.tree.map(lambda *a: jnp.stack(a), *states)
-    step = train_step(experiment, structure, optimizer, data.token_bytes, None)
-    # Places are the same for every seed, and stay so for XLA: a condition on them must not become a choice.
-    run = jax.jit(jax.vmap(step, in_axes=(0, Batch(0, None, 0))), donate_argnums=0)  # type: ignore[arg-type]
-    losses = []
-    for i in range(steps):
-        ids, pos, labels, _ = zip(*(data.batch(seed, i) for seed in range(seeds)), strict=True)
-        batch = Batch(np.stack(ids), pos[0], np.stack(labels))
-        state, metrics = run(state, batch)
-        losses.append(metrics["loss"])
-    return state["params"], np.asarray(jnp.stack(losses))
+    optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
+    grid = Grid(model_of(variant.mixer, data.words), data, optimizer, steps, [Arm(seed) for seed in range(seeds)])
+    losses: list[np.ndarray] = []
+    for _, params, loss_A in grid.train(1):  # noqa: B007  (the last ones are wanted)
+        losses.append(loss_A)
+    return params, np.stack(losses)
 
 
 def asked(mixer: LayerConfig, params: dict[str, Any], data: ProbeData, T: int) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Small models trained in a few lines, for studies: many of them, one after the other, each a program of its own."""
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ class SmallRun:
         step = train_step(self.experiment, self.structure, self.optimizer, data.token_bytes, data.labelled)
         self._step = jax.jit(step, donate_argnums=0)
         self._asked = jax.jit(self._score, static_argnames="skip")
-        self._said = jax.jit(self._say, static_argnames=("labelled", "skip"))
+        self.answers = answerer(self.structure)
 
     def train(self, seed: int, every: int) -> Iterator[tuple[int, Params, float]]:
         """(steps done, parameters, loss of the last step) after every so many steps."""
@@ -52,15 +53,6 @@ class SmallRun:
         scores = scored(model, batch, None, skip)
         return jnp.sum(scores.correct), jnp.sum(scores.asked)
 
-    def answers(self, params: Params, skip: tuple[str, ...] = ()) -> Answer:
-        """How these parameters answer, without the layers of `skip`."""
-        return lambda batch, labelled: self._said(params, batch, labelled=labelled, skip=skip)
-
-    def _say(self, params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
-        model: LanguageModel = self.structure.module(params)
-        scores = scored(model, batch, labelled, skip)
-        return scores.best, scores.nll
-
     def accuracy(self, params: Params, skip: tuple[str, ...] = (), batches: Iterable[Batch] | None = None) -> float:
         """Share of the held-out questions (or those of `batches`) answered right, without the layers of `skip`."""
         asked = self.data.held_out() if batches is None else batches
@@ -74,6 +66,20 @@ def scored(model: LanguageModel, batch: Batch, labelled: int | None, skip: tuple
     ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
     labels_BT = jnp.asarray(batch.labels_BT)
     return score_tokens(model, tokens, labels_BT, labelled=labelled, skip=skip, prefix_BT=ahead)[0]
+
+
+def answerer(structure: Structure) -> Callable[..., Answer]:
+    """(parameters, layers to leave out) -> how a model with these parameters answers."""
+
+    @functools.partial(jax.jit, static_argnames=("labelled", "skip"))
+    def said(params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
+        scores = scored(structure.module(params), batch, labelled, skip)
+        return scores.best, scores.nll
+
+    def answers(params: Params, skip: tuple[str, ...] = ()) -> Answer:
+        return lambda batch, labelled: said(params, batch, labelled=labelled, skip=skip)
+
+    return answers
 
 
 class Ledger:

@@ -37,14 +37,13 @@ import numpy as np
 
 from layers.fields import one_of
 from probes.tasks import draws
-from probes.tasks.task import Int32s, Ints, Part, Probe, Rows, Task, Trial, empty, probe, whole
+from probes.tasks.task import Ints, Part, Probe, Rows, Task, Trial, empty, in_blocks, probe, whole
 from training.data import DataError
 
 Filler = Literal["random", "zero", "conflict_free"]
 Order = Literal["drawn", "shuffled"]
 
 _KEYS, _VALUES, _SLOTS, _FILLER, _DEAL, _AGAIN = range(6)  # streams of draws
-_BLOCK = 1 << 16  # tokens made at a time, so that temporaries stay in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +91,10 @@ class MQAR(Task):
         return dataclasses.replace(self, pairs=pairs) if 2 * pairs * (self.passes + 1) <= self.length else None
 
     def rows(self, seed: int, index_N: Ints) -> Rows:
-        ids_NL, labels_NL = empty(len(index_N), self.length)
-        about = {name: np.empty([len(index_N), self.pairs], np.int64) for name in ("pair", "slot", "distance")}
-        block = max(1, _BLOCK // self.length)
-        for low in range(0, len(index_N), block):
-            some = slice(low, low + block)
-            said = self._fill(seed, index_N[some], ids_NL[some], labels_NL[some])
-            for name, values in zip(about, said, strict=True):
-                about[name][some] = values
-        return Rows(ids_NL, labels_NL, about)
+        return in_blocks(lambda some_N: self._rows(seed, some_N), index_N, self.length)
 
-    def _fill(self, seed: int, index_N: Ints, ids: Int32s, labels: Int32s) -> tuple[Ints, ...]:
-        """Writes rows into ids and labels; says pair, slot and distance of each question."""
+    def _rows(self, seed: int, index_N: Ints) -> Rows:
+        ids, labels = empty(len(index_N), self.length)
         pairs, vocab, context = self.pairs, self.vocab, self.context
         keys = 1 + draws.distinct(seed, _KEYS, index_N, pairs, vocab // 2 - 1)
         values = vocab // 2 + draws.distinct(seed, _VALUES, index_N, pairs, vocab - vocab // 2)
@@ -130,7 +121,7 @@ class MQAR(Task):
         np.put_along_axis(labels, context + 2 * slots, values.astype(np.int32), 1)
         pair = np.argsort(slots, axis=1, kind="stable")  # by place
         slots, last = np.take_along_axis(slots, pair, 1), np.take_along_axis(last, pair, 1)
-        return pair, slots, context + 2 * slots - 2 * last
+        return Rows(ids, labels, {"pair": pair, "slot": slots, "distance": context + 2 * slots - 2 * last})
 
 
 def figure2_of_zoology() -> tuple[Probe, ...]:

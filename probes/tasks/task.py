@@ -120,10 +120,14 @@ class Task:
 
     def batch(self, seed: int, index_N: Ints, T: int, beyond: int | None = None) -> Batch:
         """Rows as a model reads them, padded to T tokens. Those from index `beyond` on are padding whole."""
-        rows, N = self.rows(seed, index_N), len(index_N)
-        length_N = np.full([N], rows.ids_NT.shape[1]) if rows.length_N is None else rows.length_N
-        if beyond is not None:
-            length_N = np.where(index_N < beyond, length_N, 0)
+        real_N = None if beyond is None else index_N < beyond
+        return self.padded(self.rows(seed, index_N), T, real_N)
+
+    def padded(self, rows: Rows, T: int, real_N: npt.NDArray[np.bool_] | None = None) -> Batch:
+        """Rows of this law as a model reads them, padded to T tokens. real_N: the others are padding whole."""
+        length_N = np.full([len(rows.ids_NT)], rows.ids_NT.shape[1]) if rows.length_N is None else rows.length_N
+        if real_N is not None:
+            length_N = np.where(real_N, length_N, 0)
         place_T = np.arange(T, dtype=np.int32)
         real_NT = place_T < length_N[:, None]
         pad = [(0, 0), (0, T - rows.ids_NT.shape[1])]
