@@ -19,7 +19,7 @@ from models.lm import LM, LanguageModel
 from models.loss import Scores, score_tokens
 from models.parameters import Params, Structure, flatten
 from probes.evaluation import Answer
-from training.data import Batch, Dataset
+from training.data import Batch, DataError, Dataset
 from training.experiment import AdamW, Experiment, Muon, Train
 from training.optimizer import build_optimizer
 from training.step import init_state, train_step
@@ -83,12 +83,28 @@ def answerer(structure: Structure) -> Callable[..., Answer]:
 
 
 class Ledger:
-    """Rows in a file of JSON lines: what is in it is not done again."""
+    """Rows in a file of JSON lines: what is in it is not done again.
+
+    A last line that was cut short, by a kill or a full disk, is taken away and its row done again. DataError for any
+    other that is no JSON.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.path, self.rows = path, []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                self.rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines) or line.endswith("\n"):
+                    raise DataError(
+                        f"{path}, line {number}: no row of JSON ({error.msg}); take the line away"
+                    ) from error
+                path.write_text("".join(lines[:-1]))
+            else:
+                if not line.endswith("\n"):  # cut between a row and its end
+                    path.write_text("".join(lines) + "\n")
 
     def has(self, **key: Any) -> bool:
         return any(key.items() <= row.items() for row in self.rows)

@@ -88,6 +88,18 @@ def test_small_models_are_trained_asked_and_reported(capsys, tmp_path, monkeypat
     assert code == 0 and "seed 0" not in again and (tmp_path / "report.md").read_text() == report
 
 
+def test_a_row_that_was_cut_short_is_done_again(capsys, tmp_path):
+    path = tmp_path / "probe.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2, "b')
+    assert Ledger(path).rows == [{"a": 1}] and path.read_text() == '{"a": 1}\n'
+    path.write_text('{"a": 1}')
+    Ledger(path).add(a=2)
+    assert Ledger(path).rows == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a": 1\n{"a": 2}\n')
+    code, _, err = ask(capsys, "GLA", *SMOKE, "--folder", tmp_path)
+    assert code == 2 and "probe.jsonl, line 1: no row of JSON" in err and err.count("\n") == 1
+
+
 def test_a_configs_model_takes_the_words_of_a_task():
     made = discover()["mqar@smoke"]
     experiment = asking.load(asking.locate("engram"))
