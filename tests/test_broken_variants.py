@@ -58,6 +58,10 @@ def normed_over_the_batch(slots):
     return lambda self, x: slots(self, x / jnp.std(x, (0, 1), keepdims=True))
 
 
+def gated_by_the_row(fuse):
+    return lambda self, x, e: fuse(self, x + jnp.mean(x, 1, keepdims=True), e)
+
+
 BASE = LinearAttention(H=2, K=4, V=6, chunk=8)
 # Sizes that no other test has: what is compiled for a config is shared by whoever has it.
 BROKEN = {
@@ -70,6 +74,11 @@ BROKEN = {
         engram.Engram(W=50, H=1, K=5, rows=40),
         (engram.EngramLayer, "addresses", forgets_ids),
         "any_cut_of_time",
+    ),
+    "gates of streams see the row": (
+        engram.Engram(W=50, H=1, K=7, rows=40, streams=2),
+        (engram.EngramLayer, "fuse", gated_by_the_row),
+        "causal",
     ),
     "memories go on at a start": (
         mixture.MixtureOfMemories(BASE, M=2, top=1, shared=False),
