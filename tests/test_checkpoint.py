@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, and never silently wrong. Every fault here is injected into real files."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -300,6 +301,23 @@ def test_a_write_cut_short_leaves_the_old_ones_and_can_be_repeated(folder, caplo
         checkpoints.save(4, tree(4), meta(4))
     assert sorted(path.name for path in folder.iterdir()) == ["00000002", "00000003", "00000004"]
     expect(folder, 4)
+
+
+@pytest.mark.parametrize("of, logged", [("orbax", 0), ("theirs", 1)])
+def test_only_failed_writes_of_orbax_go_untold(folder, caplog, of, logged):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(4, tree(4), meta(4))
+    scope: dict = {}
+    source = "async def write():\n    raise OSError(27, 'File too large')\n"
+    exec(compile(source, f"/packages/{of}/checkpoint/store.py", "exec"), scope)
+
+    async def lost() -> None:
+        asyncio.ensure_future(scope["write"]())  # noqa: RUF006 - nobody asks how it went, as where a save failed before it
+        await asyncio.sleep(0.01)
+
+    asyncio.run(lost())
+    gc.collect()
+    assert sum("never retrieved" in record.getMessage() for record in caplog.records) == logged
 
 
 def test_a_disk_too_small_is_known_before_writing(folder, monkeypatch):
