@@ -16,6 +16,8 @@ from jax import Array
 
 from layers.layer import Einsum, Out, Tokens
 from models.lm import LM, LanguageModel
+from probes.tasks.task import Probe
+from training.data import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Bottleneck(LM):
 
     def build(self, *, rngs: nnx.Rngs) -> "BottleneckModel":
         return BottleneckModel(self, rngs=rngs)
+
+
+def for_task(model: LM, data: DataConfig) -> LM:
+    """The model that data asks for: with a bottleneck where its tasks have one."""
+    asks = isinstance(data, Probe) and data.train[0].task.bottleneck
+    return Bottleneck(**vars(model)) if asks and not isinstance(model, Bottleneck) else model
 
 
 class BottleneckModel(LanguageModel):

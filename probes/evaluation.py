@@ -14,7 +14,7 @@ from training.data import NOT_ASKED, Batch
 
 # A batch, and the most labels that its rows have -> (likeliest word, nats of the label) at every place [B, T], or at
 # the labelled ones first, in their order [B, Q].
-Answer = Callable[[Batch, int], tuple[npt.ArrayLike, npt.ArrayLike]]
+Answer = Callable[[Batch, int | None], tuple[npt.ArrayLike, npt.ArrayLike]]
 TOKENS = 1 << 15  # read at once: rows of a batch are as many as that allows
 BINS = 8  # of what has many values
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.lm import LM
@@ -48,11 +49,11 @@ class Numbers(NamedTuple):
 class Grid:
     """A model over a dataset, in as many arms as wanted."""
 
-    def __init__(self, model: LM, data: Dataset, optimizer: AdamW | Muon, steps: int, arms: Sequence[Arm]):
+    def __init__(self, model: LM, data: Dataset, optimizer: AdamW | Muon, train: Train, arms: Sequence[Arm]):
         if not arms:
             raise ValueError("Grid.arms is empty: give it at least one Arm")
         self.data, self.model, self.arms = data, model, tuple(arms)
-        self.experiment = Experiment("study", model, data.config, optimizer, Train(steps=steps))
+        self.experiment = Experiment("study", model, data.config, optimizer, train)
         shapes = jax.eval_shape(lambda: model.build(rngs=nnx.Rngs(0)))
         self.structure: Structure = flatten(shapes)[1]
         self.seeds = sorted({arm.seed for arm in arms})
@@ -100,16 +101,19 @@ class Grid:
         stacked: Any = (None if part[0] is None else np.stack(part)[self._rows] for part in zip(*each, strict=True))
         return Batch(*stacked)
 
-    def train(self, every: int) -> Iterator[tuple[int, Params, np.ndarray]]:
-        """(steps done, parameters of all arms, losses of the last step [A]) after every so many steps."""
-        state, steps = self.start(), self.experiment.train.steps
-        for done in range(1, steps + 1):
+    def train(self, begin: tuple[int, Any] | None = None) -> Iterator[tuple[int, Any, Array]]:
+        """(steps done, state of all arms, losses [A]) after every step; nothing waits for the devices.
+
+        The state's "params" are what `of` takes. It is donated to the next step: what is to be kept of it must be
+        copied before the iteration goes on. begin: the steps done and the state to go on from.
+        """
+        first, state = begin or (0, self.start())
+        for done in range(first + 1, self.experiment.train.steps + 1):
             batch, step = self.batch(done - 1), self._step
             if (batch.pos_BT == batch.pos_BT[:1]).all():
                 batch, step = batch._replace(pos_BT=batch.pos_BT[0]), self._in_step
             state, loss_A = step(state, batch, self._numbers)
-            if done % every == 0 or done == steps:
-                yield done, state["params"], np.asarray(loss_A)
+            yield done, state, loss_A
 
     def of(self, params: Params, arm: int) -> Params:
         """The parameters of one arm."""

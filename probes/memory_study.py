@@ -35,7 +35,7 @@ from probes.grid import Arm, Grid
 from probes.tasks.overwrite import Overwrite
 from probes.tasks.task import Part, Probe, ProbeData
 from training.data import NOT_ASKED
-from training.experiment import AdamW, Schedule
+from training.experiment import AdamW, Schedule, Train
 
 WINDOW, LENGTHS, STEP = 4, (64, 128, 256, 512), 0.25
 LAW, ROWS = Overwrite(vocab=16, length=64, keys=4), 128
@@ -93,11 +93,13 @@ def model_of(mixer: LayerConfig, vocab: int) -> LM:
 def trained(variant: Variant, data: ProbeData, steps: int, seeds: int) -> tuple[dict[str, Any], np.ndarray]:
     """Parameters of all seeds, stacked, and the loss of each step [steps, seeds]."""
     optimizer = AdamW(lr=1e-2, schedule=Schedule(warmup=10, shape="cosine", final=0.0))
-    grid = Grid(model_of(variant.mixer, data.words), data, optimizer, steps, [Arm(seed) for seed in range(seeds)])
+    grid = Grid(
+        model_of(variant.mixer, data.words), data, optimizer, Train(steps=steps), [Arm(seed) for seed in range(seeds)]
+    )
     losses: list[np.ndarray] = []
-    for _, params, loss_A in grid.train(1):  # noqa: B007  (the last ones are wanted)
-        losses.append(loss_A)
-    return params, np.stack(losses)
+    for _, state, loss_A in grid.train():  # noqa: B007  (the last one is wanted)
+        losses.append(np.asarray(loss_A))
+    return state["params"], np.stack(losses)
 
 
 def asked(mixer: LayerConfig, params: dict[str, Any], data: ProbeData, T: int) -> list[dict[str, Any]]:

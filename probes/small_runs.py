@@ -72,7 +72,7 @@ def answerer(structure: Structure) -> Callable[..., Answer]:
     """(parameters, layers to leave out) -> how a model with these parameters answers."""
 
     @functools.partial(jax.jit, static_argnames=("labelled", "skip"))
-    def said(params: Params, batch: Batch, labelled: int, skip: tuple[str, ...]) -> tuple[Any, Any]:
+    def said(params: Params, batch: Batch, labelled: int | None, skip: tuple[str, ...]) -> tuple[Any, Any]:
         scores = scored(structure.module(params), batch, labelled, skip)
         return scores.best, scores.nll
 
@@ -109,10 +109,21 @@ class Ledger:
     def has(self, **key: Any) -> bool:
         return any(key.items() <= row.items() for row in self.rows)
 
-    def add(self, **row: Any) -> None:
-        self.rows.append(row)
+    def add(self, *rows: dict[str, Any], **row: Any) -> None:
+        """Rows, or one by its fields, at the file's end."""
+        every = [*rows, row] if row else list(rows)
+        self.rows += every
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(json.dumps(r) + "\n" for r in every))
+
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Takes rows away; the file is replaced whole."""
+        kept = [row for row in self.rows if not unwanted(row)]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            aside = self.path.with_name(f"{self.path.name}.new")
+            aside.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            aside.replace(self.path)
 
 
 Questions = list[tuple[dict[str, Any], Callable[[], Iterable[Batch]]]]  # what a row of the ledger calls them, and they

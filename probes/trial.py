@@ -19,7 +19,7 @@ from layers.gated_conv import GatedConv
 from layers.layer import LayerConfig
 from layers.mlp import MLP
 from models.lm import LM, Stage
-from probes.bottleneck import Bottleneck
+from probes.bottleneck import for_task
 from probes.evaluation import evaluate, mean_accuracy, named
 from probes.small_runs import Ledger, SmallRun
 from probes.tasks import draws
@@ -105,8 +105,7 @@ def said(row: dict[str, Any]) -> str:
 
 def _made(attempt: Attempt) -> SmallRun:
     data = attempt.trial.data.build()
-    model = Bottleneck(**vars(attempt.model)) if attempt.trial.data.train[0].task.bottleneck else attempt.model
-    made = SmallRun(model, data, attempt.optimizer, attempt.trial.steps)
+    made = SmallRun(for_task(attempt.model, data.config), data, attempt.optimizer, attempt.trial.steps)
     next(made.train(0, 1))  # compiles, which is not training
     return made
 

@@ -307,12 +307,14 @@ def test_a_write_cut_short_leaves_the_old_ones_and_can_be_repeated(folder, caplo
 def test_only_failed_writes_of_orbax_go_untold(folder, caplog, of, logged):
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(4, tree(4), meta(4))
-    scope: dict = {}
-    source = "async def write():\n    raise OSError(27, 'File too large')\n"
-    exec(compile(source, f"/packages/{of}/checkpoint/store.py", "exec"), scope)
+
+    async def write() -> None:
+        raise OSError(27, "File too large")
+
+    write.__code__ = write.__code__.replace(co_filename=f"/packages/{of}/checkpoint/store.py")
 
     async def lost() -> None:
-        asyncio.ensure_future(scope["write"]())  # noqa: RUF006 - nobody asks how it went, as where a save failed before it
+        asyncio.ensure_future(write())  # noqa: RUF006 - nobody asks how it went, as where a save failed before it
         await asyncio.sleep(0.01)
 
     asyncio.run(lost())

@@ -12,7 +12,7 @@ from probes.grid import Arm, Grid
 from probes.small_runs import SmallRun
 from probes.tasks.recall import MQAR
 from probes.tasks.task import Part, Probe
-from training.experiment import AdamW, Muon, Schedule
+from training.experiment import AdamW, Muon, Schedule, Train
 
 MODEL = LM(W=32, D=16, stages=(Stage((LinearAttention(H=2, K=4),)),), tied=True)
 LAW = MQAR(32, 16, 2, filler="conflict_free")
@@ -26,8 +26,9 @@ def optimizer(kind, **changes):
 
 @pytest.mark.parametrize("kind", [AdamW, Muon])
 def test_arms_are_each_what_they_are_alone(kind):
-    grid = Grid(MODEL, DATA.build(), optimizer(kind), 4, ARMS)
-    *_, (done, params, losses) = grid.train(2)
+    grid = Grid(MODEL, DATA.build(), optimizer(kind), Train(steps=4), ARMS)
+    *_, (done, state, losses) = grid.train()
+    params, losses = state["params"], np.asarray(losses)
     assert done == 4 and losses.shape == (5,) and len(set(losses.tolist())) == 5
     alone = {0: optimizer(kind), 2: optimizer(kind, lr=3e-3), 3: optimizer(kind, weight_decay=2.0)}
     for number, mine in alone.items():
@@ -42,7 +43,7 @@ def test_arms_are_each_what_they_are_alone(kind):
 
 
 def test_arms_begin_as_they_say():
-    grid = Grid(MODEL, DATA.build(), optimizer(AdamW), 4, ARMS)
+    grid = Grid(MODEL, DATA.build(), optimizer(AdamW), Train(steps=4), ARMS)
     params = grid.start()["params"]
     alone, structure = flatten(MODEL.build(rngs=nnx.Rngs(0)))
     for name, value in params.items():
@@ -52,19 +53,19 @@ def test_arms_begin_as_they_say():
     np.testing.assert_array_equal(batch.ids_BT[0], batch.ids_BT[2])
     np.testing.assert_array_equal(batch.ids_BT[1], DATA.build().batch(1, 3).ids_BT)
     with pytest.raises(ValueError, match="at least one Arm"):
-        Grid(MODEL, DATA.build(), optimizer(AdamW), 4, ())
+        Grid(MODEL, DATA.build(), optimizer(AdamW), Train(steps=4), ())
 
 
 @pytest.mark.slow
 def test_arms_are_spread_over_devices():
     """Eight arms on eight fake devices: the same losses, an arm a device, and no collective in the program."""
     arms = [Arm(seed) for seed in range(8)]
-    grid = Grid(MODEL, DATA.build(), optimizer(AdamW), 2, arms)
+    grid = Grid(MODEL, DATA.build(), optimizer(AdamW), Train(steps=2), arms)
     state = grid.start()
     assert len(jax.tree.leaves(state)[0].sharding.device_set) == len(jax.devices()) == 8
     text = grid._step.lower(state, jax.device_put(grid.batch(0), grid._home), grid._numbers).compile().as_text()
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
-    *_, (_, _, losses) = grid.train(2)
-    few = Grid(MODEL, DATA.build(), optimizer(AdamW), 2, arms[:3])
-    *_, (_, _, some) = few.train(2)
+    *_, (_, _, losses) = grid.train()
+    few = Grid(MODEL, DATA.build(), optimizer(AdamW), Train(steps=2), arms[:3])
+    *_, (_, _, some) = few.train()
     np.testing.assert_allclose(losses[:3], some, atol=1e-5)

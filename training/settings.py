@@ -50,11 +50,8 @@ def locate(name: str) -> Path:
     raise ConfigError(f"there is no config {name!r}: {hint} Known: {', '.join(files)}")
 
 
-def load(path: Path, size: str = "") -> Any:
-    """The `config` that a file defines, or one of its `sizes`.
-
-    Raises ConfigError, with the line at fault, if there is none to be had.
-    """
+def execute(path: Path) -> Any:
+    """The module that a config's file makes. Raises ConfigError, with the line at fault, if it cannot be run."""
     spec = importlib.util.spec_from_file_location(FILE + path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file")
@@ -68,6 +65,12 @@ def load(path: Path, size: str = "") -> Any:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == spec.origin]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{error}") from error
+    return module
+
+
+def load(path: Path, size: str = "") -> Any:
+    """The `config` that a file defines, or one of its `sizes`. Raises ConfigError if there is none to be had."""
+    module = execute(path)
     from training.experiment import Experiment  # imports jax
 
     sizes = getattr(module, "sizes", {})
@@ -143,3 +146,24 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     if isinstance(old, tuple) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}.{i}")]
     return [] if old == new else [(path, old, new)]
+
+
+def replaced(config: Any, path: str, value: Any) -> Any:
+    """A config with another value at a dotted path, such as "model.stages.0.pattern.1.H"; numbers count in tuples.
+
+    Raises ConfigError for a path that leads nowhere, and for what the configs on the way refuse.
+    """
+    first, _, rest = path.partition(".")
+    if isinstance(config, tuple) and first.isdigit() and int(first) < len(config):
+        index = int(first)
+        return (*config[:index], replaced(config[index], rest, value) if rest else value, *config[index + 1 :])
+    fields = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if first not in fields:
+        known = ", ".join(fields) if fields else f"0 to {len(config) - 1}" if isinstance(config, tuple) else "none"
+        raise ConfigError(f"there is no field {first!r} in {type(config).__name__} (it has {known})")
+    try:
+        return dataclasses.replace(config, **{first: replaced(getattr(config, first), rest, value) if rest else value})
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

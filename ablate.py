@@ -1,0 +1,59 @@
+"""Ablates memory layers: python ablate.py STUDY. `python ablate.py --help` lists the studies."""
+
+import shlex
+import sys
+
+USAGE = """usage: python ablate.py STUDY[@TIER]  [--only CELL ...] [--seeds N] [--folder FOLDER] [--dry-run] ...
+
+STUDY is a name below or a .py file: its grid is trained, and results/STUDY/ gets a table, pictures and a report. What
+is done is kept: the same command goes on after a stop, and trains nothing when all is done.
+
+  python ablate.py STUDY --help               options
+  python ablate.py STUDY --dry-run            its cells, what they are matched in, what is left to train
+  python ablate.py recall_frontier@smoke      another tier of a study: smoke (a minute), laptop, paper (a GPU)
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from probes.studies import study_files
+        from training.settings import describe
+
+        print(USAGE + "\nstudies:\n" + "\n".join(f"  {n:24}{describe(path)}" for n, path in study_files().items()))
+        return 0
+    if arguments[0].startswith("-"):
+        return _fail(f"the first argument is a study or a run, not {arguments[0]!r}: see python ablate.py --help")
+
+    from probes.ablation import Stopped
+    from training.checkpoint import CheckpointError, reason
+    from training.data import DataError
+    from training.settings import ConfigError
+
+    command = "python ablate.py " + shlex.join(arguments[:1])
+    try:
+        from probes.ablating import ablate
+
+        written = ablate(arguments[0], arguments[1:], command)
+    except Stopped as signal:
+        print(f"{signal}: what was done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except (ConfigError, DataError, CheckpointError) as error:
+        return _fail(error)
+    except OSError as error:
+        return _fail(reason(error))
+    if written is not None:
+        print(f"written: {written}")
+    return 0
+
+
+def _fail(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was done is kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
