@@ -165,7 +165,8 @@ def _program(work: Work, resolved: Resolved, arms: Sequence[Numbers], stop: Stop
         saved, watch = time.monotonic(), _Watch(sofar)
         for done, state, losses in grid.train(begin):
             check = done % every == 0 or done == steps
-            keep = stop.requested is not None or time.monotonic() - saved > work.keep_seconds
+            left = stop.requested
+            keep = left is not None or time.monotonic() - saved > work.keep_seconds
             if not (check or keep):
                 continue
             loss_A = np.asarray(losses)  # waits for the devices
@@ -178,9 +179,9 @@ def _program(work: Work, resolved: Resolved, arms: Sequence[Numbers], stop: Stop
             if keep:
                 checkpoints.save(done, flatten_state(state), dataclasses.asdict(sofar))
                 saved = time.monotonic()
-            if stop.requested is not None:
+            if left is not None:
                 checkpoints.wait()
-                raise Stopped(stop.requested)
+                raise Stopped(left)
             watch.start()
     facts = _facts(work, resolved, asked, arms)
     spent = {"cpu_seconds": sofar.cpu / len(arms), "seconds": sofar.wall / len(arms)}

@@ -1,0 +1,336 @@
+"""Studies: cells of axes, matched; trained as grids, kept, stopped, resumed, extended."""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from layers.attention import Attention
+from layers.gated_deltanet import GatedDeltaNet
+from layers.linear import LinearAttention
+from models.lm import LM, Stage
+from models.parameters import flatten
+from probes import ablation
+from probes.ablation import Stopped, Work, opened, prepare, run
+from probes.judge import ByQuestions, ByText
+from probes.matching import resolve
+from probes.small_runs import SmallRun
+from probes.studies import Options, changed, find, study_files
+from probes.study import Axis, Choice, Claim, Match, Study, axis
+from probes.tasks.recall import MQAR
+from probes.tasks.task import Part, Probe
+from training.data import Text
+from training.experiment import AdamW, Experiment, Schedule, Train
+from training.settings import ConfigError, replaced
+
+ROOT = Path(__file__).parents[1]
+LAW = MQAR(32, 16, 2, filler="conflict_free")
+LINEAR = LinearAttention(H=2, K=4)
+BASE = Experiment(
+    description="A study's base.",
+    model=LM(W=32, D=16, stages=(Stage((LINEAR,)),), tied=True),
+    data=Probe(B=4, train=(Part(LAW),), test=(Part(LAW, 8),)),
+    optimizer=AdamW(lr=1e-2, schedule=Schedule(warmup=2, shape="cosine")),
+    train=Train(steps=8),
+)
+WIDTHS = axis("width", "model.D", (16, 24))
+STUDY = Study("Is it kept?", BASE, (WIDTHS,), rates=(3e-3, 1e-2), seeds=2, checks=4)
+
+
+def work(folder: Path, study: Study = STUDY, keep_seconds: float = 120.0) -> Work:
+    console = Console(file=io.StringIO())
+    ledger = opened(folder / "study.jsonl")
+    return Work(study, "a study", prepare(study), ledger, folder, "python ablate.py x", console, keep_seconds)
+
+
+def numbers(rows: list[dict]) -> list[dict]:
+    """Rows as a file holds them, without what the clock says."""
+    return json.loads(json.dumps([{k: v for k, v in row.items() if "seconds" not in k} for row in rows]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> list[dict]:
+    """The rows of STUDY, trained without a break."""
+    mine = work(tmp_path_factory.mktemp("finished"))
+    assert run(mine) == 8
+    return numbers(mine.ledger.rows)
+
+
+# On paper.
+
+
+def test_cells_are_all_combinations_and_know_their_names():
+    layers = axis("memory", "model.stages.0.pattern.0", {"linear": LINEAR, "attention": Attention(H=2)})
+    study = dataclasses.replace(STUDY, axes=(layers, WIDTHS))
+    assert [cell.name for cell in study.cells] == ["linear, 16", "linear, 24", "attention, 16", "attention, 24"]
+    last = study.cells[-1].experiment
+    assert last.model.D == 24 and last.model.stages[0].pattern == (Attention(H=2),)
+    assert [(a.seed, a.rate) for a in study.arms(study.cells[0])] == [(0, 3e-3), (0, 1e-2), (1, 3e-3), (1, 1e-2)]
+    assert [a.rate for a in dataclasses.replace(study, rates=()).arms(study.cells[0])] == [1e-2, 1e-2]
+
+
+def test_a_digest_is_of_what_results_depend_on():
+    (cell, _), digest = STUDY.cells, STUDY.cells[0].digest(STUDY, "data")
+
+    def other(study: Study = STUDY, data: str = "data", **fields) -> bool:
+        experiment = cell.experiment
+        for path, value in fields.items():
+            experiment = replaced(experiment, path.replace("__", "."), value)
+        return dataclasses.replace(cell, experiment=experiment).digest(study, data) != digest
+
+    assert other(model__D=32) and other(data__B=8) and other(optimizer__b2=0.9) and other(train__steps=9)
+    assert other(dataclasses.replace(STUDY, goal=0.5)) and other(dataclasses.replace(STUDY, checks=2))
+    assert other(data="of another law")
+    assert not other(description="Said otherwise.") and not other(train__seed=3)
+    assert not other(dataclasses.replace(STUDY, seeds=9, rates=(1.0,), about="?"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"axes": ()}, "Study.axes is empty"),
+        ({"seeds": 0}, "Study.seeds is 0"),
+        ({"rates": (0.0,)}, "must be above 0"),
+        ({"versus": "depth"}, r"state_bytes or an axis \(width\)"),
+        ({"axes": (Axis("width", (Choice("a"), Choice("a"))),)}, "two choices named 'a'"),
+        ({"axes": (axis("width", "model.width", (1,)),)}, "no field 'width' in LM .it has W, D"),
+        ({"axes": (axis("width", "model.stages.1.repeats", (1,)),)}, r"no field '1' in tuple \(it has 0 to 0\)"),
+        ({"axes": (axis("keys", "model.stages.0.pattern.0.H", (0,)),)}, "LinearAttention.H is 0"),
+        (
+            {"claims": (Claim("?", "a paper", more="16", less="17"),)},
+            "a claim names the cell '17': cells are 16; 24|24",
+        ),
+    ],
+)
+def test_what_a_study_refuses(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(STUDY, **fields)
+
+
+# Matched.
+
+
+def counted(experiment: Experiment) -> int:
+    model = experiment.model.build(rngs=nnx.Rngs(0))
+    return sum(math.prod(p.shape) for p in flatten(model)[0].values())
+
+
+def test_parameters_are_matched_as_closely_as_sizes_allow():
+    memories = {"linear": LINEAR, "gated delta": GatedDeltaNet(H=2)}
+    widths = tuple(range(8, 41, 2))
+    study = Study(
+        "?",
+        BASE,
+        (axis("memory", "model.stages.0.pattern.0", memories),),
+        match=(Match("parameters", "model.D", widths),),
+    )
+    first, second = resolve(study, lambda e: ablation.dataset_of(e.data))
+    target = counted(BASE)
+    assert first.cell.experiment == BASE and first.matched[0].chosen is None and first.matched[0].off == 0
+    counts = {}
+    for D in widths:
+        try:
+            counts[D] = counted(replaced(study.cells[1].experiment, "model.D", D))
+        except ValueError:  # 3/4 of D is not whole for each head
+            continue
+    assert 0 < len(counts) < len(widths)
+    best = min(counts, key=lambda D: abs(counts[D] - target))
+    assert second.cell.experiment.model.D == best == second.matched[0].chosen
+    assert second.matched[0].value == counts[best] == second.costs["parameters"]
+    assert second.matched[0].off == counts[best] / target - 1
+
+
+def test_state_is_matched_by_a_field_of_the_choice():
+    by = Match("state_bytes", "model.stages.0.pattern.0.K", tuple(range(1, 17)))
+    choices = (
+        Choice("window", (("model.stages.0.pattern.0", Attention(H=2, window=8)),)),
+        Choice("linear", (("model.stages.0.pattern.0", LINEAR),), by=(by,)),
+    )
+    match = Match("state_bytes", "model.D", (16,))
+    study = Study("?", BASE, (Axis("memory", choices),), match=(match,))
+    first, second = resolve(study, lambda e: ablation.dataset_of(e.data))
+
+    def held(experiment: Experiment) -> int:
+        state = experiment.model.build(rngs=nnx.Rngs(0)).init_state(1, 16)
+        return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
+
+    assert first.costs["state_bytes"] == held(first.cell.experiment)
+    assert second.costs["state_bytes"] == held(second.cell.experiment)
+    errors = {}
+    for K in range(1, 17):
+        errors[K] = abs(held(replaced(study.cells[1].experiment, by.field, K)) - first.costs["state_bytes"])
+    assert errors[second.matched[0].chosen] == min(errors.values())
+    with pytest.raises(ConfigError, match=r"linear: no value of model.D in Match.values makes a model: .*D = 15"):
+        none = (choices[0], dataclasses.replace(choices[1], by=(Match("state_bytes", "model.D", (15,)),)))
+        resolve(dataclasses.replace(study, axes=(Axis("memory", none),)), lambda e: ablation.dataset_of(e.data))
+
+
+# Trained, and kept.
+
+
+def test_an_arm_is_what_it_is_alone(finished):
+    rows = [row for row in finished if row["cell"] == "16" and row["arm"]["seed"] == 1]
+    assert [row["arm"]["rate"] for row in rows] == [3e-3, 1e-2]
+    data = BASE.data.build()
+    for row in rows:
+        optimizer = dataclasses.replace(BASE.optimizer, lr=row["arm"]["rate"])
+        alone = SmallRun(BASE.model, data, optimizer, 8)
+        asked = ByQuestions(data)
+        curve = [(done, loss, asked.validate(alone.answers(params))) for done, params, loss in alone.train(1, 2)]
+        np.testing.assert_allclose(row["curve"], curve, atol=1e-5)
+        *_, (_, params, _) = alone.train(1, 8)
+        assert row["test"] == asked.test(alone.answers(params)).value
+        assert row["validation"] == curve[-1][2] and row["steps"] == 8 and row["goal_step"] is None
+    assert rows[0]["scores"][0]["rows"] == 8 and rows[0]["parameters"] == counted(BASE)
+
+
+def test_a_finished_study_trains_nothing(finished, tmp_path, monkeypatch):
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in finished))
+    monkeypatch.setattr(ablation, "_program", None)
+    assert run(work(tmp_path)) == 0
+
+
+def test_a_study_that_is_extended_trains_what_is_missing(finished, tmp_path):
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in finished))
+    mine = work(tmp_path, dataclasses.replace(STUDY, seeds=3))
+    assert run(mine, only=["24"]) == 2 and len(mine.ledger.rows) == 10
+    assert {(row["cell"], row["arm"]["seed"]) for row in mine.ledger.rows[8:]} == {("24", 2)}
+
+
+def test_a_stopped_study_goes_on_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
+    """At whatever step the signal comes, also before the first, and more than once."""
+    asked = itertools.count()
+
+    class Impatient(ablation.Stop):
+        requested = property(lambda self: "SIGTERM" if next(asked) % 7 == 6 else None, lambda self, value: None)  # type: ignore[assignment]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "Stop", Impatient)
+        for stops in range(30):  # noqa: B007  (counted below)
+            try:
+                run(work(tmp_path))
+            except Stopped as signal_:
+                assert str(signal_) == "SIGTERM"
+            else:
+                break
+    assert 2 <= stops < 29
+    assert numbers(opened(tmp_path / "study.jsonl").rows) == finished
+    assert not (tmp_path / ablation.UNFINISHED).exists()
+
+
+def test_a_program_whose_rows_were_cut_short_is_done_again(finished, tmp_path):
+    lines = [json.dumps(row) + "\n" for row in finished]
+    (tmp_path / "study.jsonl").write_text("".join(lines[:6]) + lines[6][:100])
+    mine = work(tmp_path)
+    assert len(mine.ledger.rows) == 4 and len((tmp_path / "study.jsonl").read_text().splitlines()) == 4
+    assert run(mine) == 4 and numbers(mine.ledger.rows) == finished
+
+
+def test_arms_of_few_at_a_time_are_the_same(finished, tmp_path):
+    mine = work(tmp_path, dataclasses.replace(STUDY, together=3))
+    run(mine, only=["16"])
+    assert [row["program"] for row in mine.ledger.rows] == [3, 3, 3, 1]
+    for row, whole in zip(mine.ledger.rows, finished[:4], strict=True):
+        np.testing.assert_allclose(row["curve"], whole["curve"], atol=1e-5)
+
+
+def test_an_arm_stops_where_it_reaches_the_goal(tmp_path):
+    """Each where it is: what its fellows do changes nothing."""
+    study = dataclasses.replace(STUDY, axes=(axis("width", "model.D", (16,)),), goal=0.0, rates=(1e-2,))
+    mine = work(tmp_path, study)
+    run(mine)
+    assert [(row["steps"], row["goal_step"], len(row["curve"])) for row in mine.ledger.rows] == [(2, 2, 1)] * 2
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_study import work
+from probes.ablation import run
+print("ready", flush=True)
+run(work(Path(sys.argv[1]), keep_seconds=0.0))
+"""
+
+
+def test_kill_at_any_time(finished, tmp_path):
+    """SIGKILL while programs compile, train, save and are written down: the rows are those of an unbroken study."""
+    moments = np.random.default_rng(0).uniform(0.5, 6.0, 3)
+    for moment in moments:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+    mine = work(tmp_path)
+    run(mine)
+    assert numbers(mine.ledger.rows) == finished
+
+
+def test_text_is_chosen_by_other_batches_than_it_is_tested_by(tmp_path):
+    (tmp_path / "text").mkdir()
+    for n in range(40):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} bottles of beer on the wall, {n} bottles of beer. " * 20)
+    text = Text(T=32, B=4, source=str(tmp_path / "text"), held_out=0.2, store=str(tmp_path / "store"))
+    data = text.build()
+    every = list(data.held_out(6))
+    mine = ByText(data, 6)
+    uniform = {1: 0.25, 2: 0.5}
+
+    def answers(batch, labelled):
+        assert labelled is None
+        nats = np.where(batch.labels_BT >= 0, np.log(2) * uniform[1 + any(batch is b for b in mine._tests)], 0.0)
+        return batch.labels_BT, nats
+
+    assert not mine.higher and len(mine._validation) == len(mine._tests) == 3
+    assert {b.ids_BT.tobytes() for b in mine._validation} | {b.ids_BT.tobytes() for b in mine._tests} == {
+        b.ids_BT.tobytes() for b in every
+    }
+    assert mine.validate(answers) == pytest.approx(0.25) and mine.test(answers).value == pytest.approx(0.5)
+    with pytest.raises(ConfigError, match="at least 2 held-out batches"):
+        ByText(data, 1)
+
+
+# Asked for.
+
+
+def test_every_shipped_study_can_be_prepared():
+    """Every tier: its cells build, match, and name what they are compared with."""
+    assert "memory_layers_smoke" in study_files()
+
+
+def test_studies_are_found_by_name(tmp_path):
+    study, title = find("memory_layers_smoke")
+    assert title == "memory_layers_smoke@smoke" and study.seeds == 2
+    for name, message in (
+        ("memory_layer_smoke", "did you mean memory_layers_smoke"),
+        ("memory_layers_smoke@huge", "has no tier 'huge': it has smoke"),
+        ("nothing.py", "there is no study 'nothing.py'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            find(name)
+    (tmp_path / "mine.py").write_text("tiers = {}")
+    with pytest.raises(ConfigError, match="it has no `tiers`"):
+        find(str(tmp_path / "mine.py"))
+
+
+def test_options_change_a_study():
+    study = changed(STUDY, Options(seeds=5, steps=3, rates=(1.0,), together=2, only=("24",)))
+    assert (study.seeds, study.base.train.steps, study.rates, study.together) == (5, 3, (1.0,), 2)
+    with pytest.raises(ConfigError, match="only names the cell '244', which the study has not: did you mean '24'"):
+        changed(STUDY, Options(only=("244",)))
+    with pytest.raises(ConfigError, match="steps is 0"):
+        changed(STUDY, Options(steps=0))
