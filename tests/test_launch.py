@@ -288,6 +288,7 @@ def test_the_manifest_is_yaml_as_far_as_we_write_it(stubs, capsys):
     facts = dict(re.findall(r"^ *(?:- )?([\w./-]+): (.+)$", documents[1], re.M))
     assert facts["cloud.google.com/gke-tpu-topology"] == "2x4" and facts["google.com/tpu"] == "8"
     assert facts["parallelism"] == facts["completions"] == "1"
+    assert set(re.findall("^ *name: (.*)$", manifest, re.M)) == {'"small"'}, "YAML would read true or null as its own"
 
 
 def test_several_hosts_are_refused_until_they_are_asked_for(stubs, capsys):

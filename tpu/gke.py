@@ -8,12 +8,13 @@ from tpu.options import Gke
 from tpu.plan import Command, Plan
 
 # Exit status 1 (diverged) and 2 (a config that cannot be trained) would only come again: they end the job. The script
-# is a file of a ConfigMap, because Kubernetes would read $(...) in arguments as its own.
+# is a file of a ConfigMap, because Kubernetes would read $(...) in arguments as its own. Names are quoted, because YAML
+# would read `true` as its own.
 _MANIFEST = """\
 apiVersion: v1
 kind: ConfigMap
 metadata:
-  name: {name}
+  name: "{name}"
 data:
   train.sh: |
 {script}
@@ -21,7 +22,7 @@ data:
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: {name}
+  name: "{name}"
 spec:
   failurePolicy:
     maxRestarts: {restarts}
@@ -50,7 +51,7 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 120
-              serviceAccountName: {service_account}
+              serviceAccountName: "{service_account}"
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: {node}
                 cloud.google.com/gke-tpu-topology: {topology}
@@ -72,7 +73,7 @@ spec:
               volumes:
                 - name: launch
                   configMap:
-                    name: {name}
+                    name: "{name}"
                 - name: runs
                   csi:
                     driver: gcsfuse.csi.storage.gke.io
