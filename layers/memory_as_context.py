@@ -109,19 +109,27 @@ class MemoryAsContextLayer(Layer):
         return self.config.persistent + (self.config.context or 0)
 
     def init_state(self, B: int, T: int) -> MemoryAsContextState:
+        return self._empty(B, T, self.config.segment)
+
+    def _empty(self, B: int, T: int, L: int) -> MemoryAsContextState:
+        """L: tokens of a segment that there is room for."""
         c, memory = self.config, self.memory.init_state(B, T)
-        S = self.ahead + c.segment * (2 if c.context is None else 1)
+        S = self.ahead + L * (2 if c.context is None else 1)
         cache = jnp.zeros((B, c.H, S, self.K), jnp.float32)
         return MemoryAsContextState(memory, memory.learner.weights, cache, cache)
 
     def __call__(self, x_BTD: Array, tokens: Tokens, state: MemoryAsContextState | None = None) -> Out:
         B, T = tokens.pos_BT.shape
         dtype, given, pos_BT = wide(x_BTD), state, tokens.pos_BT
-        state = jax.tree.map(lambda a: a.astype(dtype), self.init_state(B, T) if state is None else state)
+        L = self.config.segment
+        if state is None:  # places begin at the row's start, so that a short row never fills a segment
+            L = min(T, L)
+            state = self._empty(B, T, L)
+        state = jax.tree.map(lambda a: a.astype(dtype), state)
         if self.config.implementation == "naive" or T <= SHORT:
             y, new, aux = self._by_token(x_BTD, pos_BT, state)
         else:
-            y, new, aux = self._by_segment(x_BTD, pos_BT, state)
+            y, new, aux = self._by_segment(x_BTD, pos_BT, state, L)
         if given is None:
             return Out(y, None, aux)
         return Out(y, jax.tree.map(lambda new, old: new.astype(old.dtype), new, given), aux)
@@ -138,22 +146,23 @@ class MemoryAsContextLayer(Layer):
         )
         return y.swapaxes(0, 1), state, _average(aux, pos_BT.T >= 0)
 
-    def _by_segment(self, x_BTD: Array, pos_BT: Array, state: MemoryAsContextState):
+    def _by_segment(self, x_BTD: Array, pos_BT: Array, state: MemoryAsContextState, L: int):
+        """L: the most tokens that a segment of these rows has."""
         graph, parameters = nnx.split(self)
 
         def body(parameters: nnx.State, state: MemoryAsContextState, x_BLD: Array, pos_BL: Array):
             state, (y, aux) = nnx.merge(graph, parameters)._piece(state, x_BLD, pos_BL)
             return state, (y, {name: jnp.broadcast_to(a, pos_BL.shape) for name, a in aux.items()})
 
-        (y, aux), state = over_chunks(body, parameters, state, x_BTD, pos_BT, self.config.segment)
+        (y, aux), state = over_chunks(body, parameters, state, x_BTD, pos_BT, L)
         return y, state, _average(aux, pos_BT >= 0)
 
     def _piece(self, state: MemoryAsContextState, x_BWD: Array, pos_BW: Array):
         """W tokens of one segment a row, at increasing places; with padding anywhere."""
-        c, L, A = self.config, self.config.segment, self.ahead
+        c, A = self.config, self.ahead
         state = bounded(state)  # what a memory said shapes what it learns next: one more way to be chaotic
         dtype = state.keys_BHSK.dtype
-        slot_BW = jnp.where(pos_BW >= 0, pos_BW % L, -1)
+        slot_BW = jnp.where(pos_BW >= 0, pos_BW % c.segment, -1)
         begins_B = jnp.any(slot_BW == 0, 1)
         before = self._before(state, jnp.any(pos_BW == 0, 1), begins_B)
         cache: tuple[Array, ...] = (state.keys_BHSK, state.values_BHSV)
@@ -167,6 +176,7 @@ class MemoryAsContextLayer(Layer):
                 for a, n in zip(cache, new, strict=True)
             )
         streams = [x_BWD] if c.context is not None else [self._say(x_BWD, before), x_BWD]
+        L = (state.keys_BHSK.shape[2] - A) // len(streams)
         for i, stream in enumerate(streams):
             cache = self._store(cache, stream, slot_BW, A + i * L)
         own_S = jnp.arange(L, dtype=jnp.int32)

@@ -78,3 +78,24 @@ def test_a_memory_that_steps_once_a_chunk(float64):
     np.testing.assert_allclose(whole.y_BTD, want.y_BTD, rtol=1e-5, atol=1e-7)
     for got, expected in zip(jax.tree.leaves(whole.state.memory), jax.tree.leaves(want.state.memory), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in USUAL], ids=str)
+def test_short_rows_are_read_as_long_ones(float64, options):
+    """Rows shorter than a segment, trained on, take no room for one: y and gradients are those of a state's call."""
+    config = MemoryAsContext(Titans(H=2, K=4, F=6, chunk=4), H=2, segment=64, persistent=2, **options)
+    layer = jax.tree.map(lambda a: a.astype(jnp.float64), config.build(D, rngs=nnx.Rngs(0)))
+    pos = jnp.array([[*range(11), -1, -1, 0, 1, 2, 3, 4, 5, 6], [-1, *range(19)]], jnp.int32)
+    said = Tokens(jnp.zeros(pos.shape, jnp.int32), pos)
+    x = jax.random.normal(jax.random.key(1), (*pos.shape, D), jnp.float64)
+
+    def total(layer, x, state):
+        y = layer(x, said, state).y_BTD
+        return jnp.sum(jnp.where((pos >= 0)[..., None], jnp.sin(y), 0))
+
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    fresh = jax.tree.map(lambda a: a.astype(jnp.float64), layer.init_state(2, pos.shape[1]))
+    (value, slopes), (whole, expected) = both(layer, x, None), both(layer, x, fresh)
+    np.testing.assert_allclose(value, whole, rtol=1e-12)
+    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
