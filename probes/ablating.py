@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from probes import study_report
-from probes.ablation import Work, missing, opened, prepare, run
+from probes.ablation import LEDGER, Work, missing, opened, prepare, run
 from probes.matching import Resolved
 from probes.studies import Options, changed, find
 from training.flags import parse
@@ -24,7 +24,7 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
     folder = options.folder or ROOT / "results" / title
     console = Console()
     cells = prepare(study)
-    work = Work(study, title, cells, opened(folder / "study.jsonl"), folder, command, console)
+    work = Work(study, title, cells, opened(folder / LEDGER), folder, command, console)
     console.print(_table(work))
     if options.dry_run:
         return None
@@ -37,21 +37,22 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
 
 def _table(work: Work) -> Table:
     """The cells: what they cost, how close they were matched, and how many of their arms are yet to be trained."""
-    study = work.study
+    study, cells = work.study, work.cells
+    columns: dict[str, list[str]] = {
+        "parameters": [f"{r.costs['parameters']:,.0f}" for r in cells],
+        "in tables": [f"{r.costs['table_parameters']:,.0f}" for r in cells],
+        "state, bytes": [f"{r.costs['state_bytes']:,.0f}" for r in cells],
+        "MFLOP a token": [f"{r.costs['flops'] / 1e6:.2f}" for r in cells],
+        "matched": [matched(r) for r in cells],
+        "to train": [f"{len(missing(study, r, work.ledger))} of {len(study.arms(r.cell))}" for r in cells],
+    }
+    shown = {head: texts for head, texts in columns.items() if set(texts) - {"0", ""}}
     out = Table(title=escape(study.about), title_justify="left", title_style="bold")
-    out.add_column("cell")
-    for head in ("parameters", "in tables", "state, bytes", "MFLOP a token", "matched", "arms", "to train"):
+    out.add_column("cell", no_wrap=True, overflow="fold")
+    for head in shown:
         out.add_column(head, justify="right")
-    for resolved in work.cells:
-        costs, arms = resolved.costs, len(study.arms(resolved.cell))
-        out.add_row(
-            escape(resolved.cell.name),
-            *(f"{costs[what]:,.0f}" for what in ("parameters", "table_parameters", "state_bytes")),
-            f"{costs['flops'] / 1e6:.2f}",
-            matched(resolved),
-            str(arms),
-            str(len(missing(study, resolved, work.ledger))),
-        )
+    for resolved, *texts in zip(cells, *shown.values(), strict=True):
+        out.add_row(escape(resolved.cell.name), *texts)
     return out
 
 

@@ -38,6 +38,7 @@ from training.run import flatten_state, unflatten_state
 from training.settings import ConfigError
 from training.stop import Stop
 
+LEDGER = "arms.jsonl"
 UNFINISHED = "unfinished"  # folder of the checkpoints of programs under way
 KEEP_SECONDS = 120.0  # between them
 Told = Callable[[int, str], None]  # steps done since it was last told, and what is on

@@ -13,19 +13,19 @@ from probes.study import Cell, Match, Quantity, Study
 from probes.tasks.task import Probe
 from training.data import Dataset
 from training.experiment import Experiment
-from training.settings import ConfigError, replaced
+from training.settings import ConfigError
 from training.summary import flops_per_token, parameter_count, state_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """A quantity that was to be equal: what it is, and what it was to be."""
+    """A quantity that was to be equal: what it is, and what it was to be; the field that was turned, and to what."""
 
     what: Quantity
     value: float
     target: float
     field: str
-    chosen: int | None  # of the field; None where nothing was turned
+    chosen: int | None  # None where nothing was turned
 
     @property
     def off(self) -> float:
@@ -86,11 +86,11 @@ def resolve(study: Study, dataset_of: Callable[[Experiment], Dataset]) -> list[R
             given = study.match[number].target
             if given is None and not found:  # the first cell is what the others are measured by
                 targets[number] = measure(match.what)
-                matched.append(Matched(match.what, targets[number], targets[number], match.field, None))
+                matched.append(Matched(match.what, targets[number], targets[number], _last(match), None))
                 continue
             target = targets[number] if given is None else given
             experiment, at, value = _solve(cell, experiment, match, target, dataset_of)
-            matched.append(Matched(match.what, value, target, match.field, at))
+            matched.append(Matched(match.what, value, target, _last(match), at))
         # What an earlier match made equal, a later one may have moved: say what it is now.
         dataset = dataset_of(experiment)
         costs = Costs(experiment, dataset).all()
@@ -98,6 +98,11 @@ def resolve(study: Study, dataset_of: Callable[[Experiment], Dataset]) -> list[R
         done = dataclasses.replace(cell, experiment=experiment, matches=())
         found.append(Resolved(done, done.digest(study, dataset.digest), tuple(matched), costs))
     return found
+
+
+def _last(match: Match) -> str:
+    """What is turned, in a word: the last part of the fields' names."""
+    return " and ".join(dict.fromkeys(field.rpartition(".")[2] for field in match.fields))
 
 
 def _solve(
@@ -113,7 +118,7 @@ def _solve(
 
     def measured(value: int) -> float:
         if value not in known:
-            changed = replaced(experiment, match.field, value)
+            changed = match.turned(experiment, value)
             known[value] = changed, Costs(changed, dataset_of(changed))(match.what)
         return known[value][1]
 
@@ -132,4 +137,4 @@ def _solve(
             continue
         best = min(values[low], values[high], key=lambda value: abs(measured(value) - target))
         return known[best][0], best, known[best][1]
-    raise ConfigError(f"{cell.name}: no value of {match.field} in Match.values makes a model: {refused}")
+    raise ConfigError(f"{cell.name}: no value of {_last(match)} in Match.values makes a model: {refused}")

@@ -19,23 +19,29 @@ VERSION = 1  # of how arms are trained and asked: a new number makes what is in 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Arms are made equal in something: a field is turned until they are as close to it as it allows.
+    """Arms are made equal in something: fields are turned until they are as close to it as sizes allow.
 
     what: "parameters" of the model; "table_parameters", those of tables that are looked up; "state_bytes" of one
         sequence as long as the longest that is asked; "flops" of a training step, by token.
-    field: dotted field of the experiment that is turned; values: what it may be.
+    fields: dotted fields of the experiment that are turned, all to the same; values: what they may be.
     target: None for what the study's first cell has, which is left as it is.
     """
 
     what: Quantity
-    field: str
+    fields: tuple[str, ...]
     values: tuple[int, ...]
     target: float | None = None
 
     def __post_init__(self):
         one_of(self)
-        if not self.values:
-            raise ConfigError(f"Match.values is empty: say what {self.field} may be")
+        for name in ("fields", "values"):
+            if not getattr(self, name):
+                raise ConfigError(f"Match.{name} is empty: say what is turned, and what it may be")
+
+    def turned(self, experiment: Experiment, value: int) -> Experiment:
+        for field in self.fields:
+            experiment = replaced(experiment, field, value)
+        return experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Choice:
     """A value of an axis.
 
     name: what reports call it. changes: (dotted field of the experiment, its value).
-    by: for cells of this choice, the field that the study's match of the same `what` turns instead, and its values.
+    by: for cells of this choice, what is turned instead in the study's match of the same `what`.
     """
 
     name: str
@@ -63,6 +69,18 @@ def axis(name: str, field: str, values: Mapping[str, Any] | tuple[Any, ...]) -> 
     """An axis of one field: its values by name, or as they are."""
     named = values if isinstance(values, Mapping) else {str(value): value for value in values}
     return Axis(name, tuple(Choice(str(said), ((field, value),)) for said, value in named.items()))
+
+
+def of_experiments(name: str, values: Mapping[str, Experiment]) -> Axis:
+    """An axis of tasks, say: each changes data, model, optimiser and training. Axes of memories come after it."""
+    fields = ("data", "model", "optimizer", "train")
+    return Axis(
+        name,
+        tuple(
+            Choice(said, tuple((field, getattr(experiment, field)) for field in fields))
+            for said, experiment in values.items()
+        ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

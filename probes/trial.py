@@ -24,7 +24,7 @@ from probes.evaluation import evaluate, mean_accuracy, named
 from probes.small_runs import Ledger, SmallRun
 from probes.tasks import draws
 from probes.tasks.task import Part, Trial
-from training.experiment import AdamW, Muon, Schedule
+from training.experiment import AdamW, Experiment, Muon, Schedule, Train
 from training.summary import parameter_count, state_bytes
 
 CHECKS = 16  # of the accuracy, over a training
@@ -81,6 +81,17 @@ class Attempt:
 def usual(trial: Trial) -> AdamW:
     warmup = max(1, trial.steps // 20)
     return AdamW(lr=trial.lr, schedule=Schedule(warmup=warmup, shape="cosine", final=0.0))
+
+
+def experiment(layer: LayerConfig, trial: Trial) -> Experiment:
+    """What a trial trains around a layer: what studies begin with."""
+    return Experiment(
+        description=f"{type(layer).__name__}, asked what it recalls.",
+        model=small(layer, trial),
+        data=trial.data,
+        optimizer=usual(trial),
+        train=Train(steps=trial.steps),
+    )
 
 
 def run(ledger: Ledger, attempts: Sequence[Attempt], seeds: int, console: Console, command: str = "") -> None:

@@ -20,9 +20,8 @@ from layers.attention import Attention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
-from models.parameters import flatten
 from probes import ablation
-from probes.ablation import Stopped, Work, opened, prepare, run
+from probes.ablation import LEDGER, Stopped, Work, opened, prepare, run
 from probes.judge import ByQuestions, ByText
 from probes.matching import resolve
 from probes.small_runs import SmallRun
@@ -32,7 +31,7 @@ from probes.tasks.recall import MQAR
 from probes.tasks.task import Part, Probe
 from training.data import Text
 from training.experiment import AdamW, Experiment, Schedule, Train
-from training.settings import ConfigError, replaced
+from training.settings import ConfigError, execute, replaced
 
 ROOT = Path(__file__).parents[1]
 LAW = MQAR(32, 16, 2, filler="conflict_free")
@@ -50,7 +49,7 @@ STUDY = Study("Is it kept?", BASE, (WIDTHS,), rates=(3e-3, 1e-2), seeds=2, check
 
 def work(folder: Path, study: Study = STUDY, keep_seconds: float = 120.0) -> Work:
     console = Console(file=io.StringIO())
-    ledger = opened(folder / "study.jsonl")
+    ledger = opened(folder / LEDGER)
     return Work(study, "a study", prepare(study), ledger, folder, "python ablate.py x", console, keep_seconds)
 
 
@@ -122,8 +121,8 @@ def test_what_a_study_refuses(fields, message):
 
 
 def counted(experiment: Experiment) -> int:
-    model = experiment.model.build(rngs=nnx.Rngs(0))
-    return sum(math.prod(p.shape) for p in flatten(model)[0].values())
+    model = jax.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(0)))
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(model))
 
 
 def test_parameters_are_matched_as_closely_as_sizes_allow():
@@ -133,7 +132,7 @@ def test_parameters_are_matched_as_closely_as_sizes_allow():
         "?",
         BASE,
         (axis("memory", "model.stages.0.pattern.0", memories),),
-        match=(Match("parameters", "model.D", widths),),
+        match=(Match("parameters", ("model.D",), widths),),
     )
     first, second = resolve(study, lambda e: ablation.dataset_of(e.data))
     target = counted(BASE)
@@ -152,27 +151,27 @@ def test_parameters_are_matched_as_closely_as_sizes_allow():
 
 
 def test_state_is_matched_by_a_field_of_the_choice():
-    by = Match("state_bytes", "model.stages.0.pattern.0.K", tuple(range(1, 17)))
+    by = Match("state_bytes", ("model.stages.0.pattern.0.K",), tuple(range(1, 17)))
     choices = (
         Choice("window", (("model.stages.0.pattern.0", Attention(H=2, window=8)),)),
         Choice("linear", (("model.stages.0.pattern.0", LINEAR),), by=(by,)),
     )
-    match = Match("state_bytes", "model.D", (16,))
+    match = Match("state_bytes", ("model.D",), (16,))
     study = Study("?", BASE, (Axis("memory", choices),), match=(match,))
     first, second = resolve(study, lambda e: ablation.dataset_of(e.data))
 
     def held(experiment: Experiment) -> int:
-        state = experiment.model.build(rngs=nnx.Rngs(0)).init_state(1, 16)
-        return sum(np.asarray(x).nbytes for x in jax.tree.leaves(state))
+        state = jax.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(0)).init_state(1, 16))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
     assert first.costs["state_bytes"] == held(first.cell.experiment)
     assert second.costs["state_bytes"] == held(second.cell.experiment)
     errors = {}
     for K in range(1, 17):
-        errors[K] = abs(held(replaced(study.cells[1].experiment, by.field, K)) - first.costs["state_bytes"])
+        errors[K] = abs(held(replaced(study.cells[1].experiment, by.fields[0], K)) - first.costs["state_bytes"])
     assert errors[second.matched[0].chosen] == min(errors.values())
-    with pytest.raises(ConfigError, match=r"linear: no value of model.D in Match.values makes a model: .*D = 15"):
-        none = (choices[0], dataclasses.replace(choices[1], by=(Match("state_bytes", "model.D", (15,)),)))
+    with pytest.raises(ConfigError, match=r"linear: no value of D in Match.values makes a model: .*D = 15"):
+        none = (choices[0], dataclasses.replace(choices[1], by=(Match("state_bytes", ("model.D",), (15,)),)))
         resolve(dataclasses.replace(study, axes=(Axis("memory", none),)), lambda e: ablation.dataset_of(e.data))
 
 
@@ -196,13 +195,13 @@ def test_an_arm_is_what_it_is_alone(finished):
 
 
 def test_a_finished_study_trains_nothing(finished, tmp_path, monkeypatch):
-    (tmp_path / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in finished))
+    (tmp_path / LEDGER).write_text("".join(json.dumps(row) + "\n" for row in finished))
     monkeypatch.setattr(ablation, "_program", None)
     assert run(work(tmp_path)) == 0
 
 
 def test_a_study_that_is_extended_trains_what_is_missing(finished, tmp_path):
-    (tmp_path / "study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in finished))
+    (tmp_path / LEDGER).write_text("".join(json.dumps(row) + "\n" for row in finished))
     mine = work(tmp_path, dataclasses.replace(STUDY, seeds=3))
     assert run(mine, only=["24"]) == 2 and len(mine.ledger.rows) == 10
     assert {(row["cell"], row["arm"]["seed"]) for row in mine.ledger.rows[8:]} == {("24", 2)}
@@ -225,15 +224,15 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_been(finished, tmp_path, monke
             else:
                 break
     assert 2 <= stops < 29
-    assert numbers(opened(tmp_path / "study.jsonl").rows) == finished
+    assert numbers(opened(tmp_path / LEDGER).rows) == finished
     assert not (tmp_path / ablation.UNFINISHED).exists()
 
 
 def test_a_program_whose_rows_were_cut_short_is_done_again(finished, tmp_path):
     lines = [json.dumps(row) + "\n" for row in finished]
-    (tmp_path / "study.jsonl").write_text("".join(lines[:6]) + lines[6][:100])
+    (tmp_path / LEDGER).write_text("".join(lines[:6]) + lines[6][:100])
     mine = work(tmp_path)
-    assert len(mine.ledger.rows) == 4 and len((tmp_path / "study.jsonl").read_text().splitlines()) == 4
+    assert len(mine.ledger.rows) == 4 and len((tmp_path / LEDGER).read_text().splitlines()) == 4
     assert run(mine) == 4 and numbers(mine.ledger.rows) == finished
 
 
@@ -307,9 +306,27 @@ def test_text_is_chosen_by_other_batches_than_it_is_tested_by(tmp_path):
 # Asked for.
 
 
-def test_every_shipped_study_can_be_prepared():
-    """Every tier: its cells build, match, and name what they are compared with."""
-    assert "memory_layers_smoke" in study_files()
+@pytest.mark.parametrize("name", study_files())
+def test_every_shipped_study_can_be_prepared(name):
+    """The smoke tier of each: its cells build and match. Of the others: claims name cells, experiments are valid."""
+    tiers = execute(study_files()[name]).tiers
+    assert set(tiers) == {"smoke", "laptop", "paper"} or name == "memory_layers_smoke"
+    for tier, study in tiers.items():
+        assert study.cells and study.about.endswith("?")
+        if tier == "laptop":
+            assert study.seeds >= 2 and study.claims and study.notes
+    cells = prepare(tiers["smoke"])
+    assert all(abs(m.off) < 0.25 for resolved in cells for m in resolved.matched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in study_files() if name != "memory_layers_smoke"])
+def test_larger_tiers_can_be_prepared(name):
+    for tier in ("laptop", "paper"):
+        study = execute(study_files()[name]).tiers[tier]
+        if study.base.data.__class__ is Text and study.base.data.tokenizer != "bytes":
+            continue  # its text and tokenizer are the user's to put there
+        assert all(abs(m.off) < 0.1 for resolved in prepare(study) for m in resolved.matched)
 
 
 def test_studies_are_found_by_name(tmp_path):
