@@ -6,6 +6,7 @@ Each returns what probes.matrix.both draws, light and dark.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,9 +19,10 @@ from matplotlib.ticker import MaxNLocator
 from probes.figures import COLOURS, FAINT, INK, MARKERS, apart
 from probes.matrix import DARK, Draw
 
-WIDTH = 5.8  # inches: what a phone can show whole
+WIDTH = 5.3  # inches: what a phone can show whole
 SMALL = 8.0  # points of text
 DOTS = (0, (1, 1.6))
+LEADER: dict[str, Any] = {"arrowstyle": "-", "lw": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def lines(
         ink, faint = inks(dark)
         longest = max(map(len, series))
         high = max(3.6, 1.3 + 0.17 * len(series))
-        figure, axes = canvas(max(WIDTH, 4.1 + 0.07 * longest), high)
+        figure, axes = canvas(max(WIDTH, 3.7 + 0.07 * longest), high)
         every = [y for line in series.values() for at in line for y in (at.low, at.high)] + [y for _, y in guesses]
         limits(axes, every, share)
         if x.log:
@@ -125,15 +127,7 @@ def lines(
         if guesses:
             span = list(guesses) if len(guesses) > 1 else [(axes.get_xlim()[side], guesses[0][1]) for side in (0, 1)]
             axes.plot(*zip(*span, strict=True), color=faint, ls=DOTS, lw=1.3, marker="", zorder=2, scalex=False)
-        low, top = axes.get_ylim()
-        ends = [(line[-1].mean - low) / (top - low) for line in series.values()]
-        heights = _heights(ends, 0.155 / (high - 1.0))
-        for number, (name, line) in enumerate(series.items()):
-            axes.annotate(
-                name, (line[-1].x, line[-1].mean), (1.05, heights[number]), textcoords="axes fraction", va="center",
-                fontsize=SMALL, color=ink, annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "lw": 0.8, "color": look(number)[0], "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
-            )  # fmt: skip
+        name_ends(axes, {name: (line[-1].x, line[-1].mean) for name, line in series.items()}, high - 1.0, ink)
         if x.ticks:
             names = [name for _, name in x.ticks]
             tilted = len(names) > 1 and sum(map(len, names)) > 44
@@ -147,6 +141,17 @@ def lines(
         return figure
 
     return draw
+
+
+def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], height: float, ink: str) -> None:
+    """Writes names right of the axes, `height` inches high, each with a line to where it ends."""
+    low, top = axes.get_ylim()
+    heights = _heights([(y - low) / (top - low) for _, y in ends.values()], 0.155 / height)
+    for number, (name, end) in enumerate(ends.items()):
+        axes.annotate(
+            name, end, (1.05, heights[number]), textcoords="axes fraction", va="center", fontsize=SMALL, color=ink,
+            annotation_clip=False, arrowprops={**LEADER, "color": look(number)[0]},
+        )  # fmt: skip
 
 
 def _heights(ends: Sequence[float], least: float) -> list[float]:
@@ -163,7 +168,7 @@ def panels(title: str, series: Mapping[str, Sequence[At]], x: str, label: str, *
     def draw(dark: bool) -> Figure:
         ink, faint = inks(dark)
         down = math.ceil(len(series) / 3)
-        figure = Figure(figsize=(WIDTH + 0.4, 0.7 + 1.18 * down), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.7 + 1.18 * down), layout="constrained")
         grid = figure.subplots(down, 3, sharex=True, sharey=True, squeeze=False).ravel()
         every = [y for line in series.values() for at in line for y in (at.low, at.high)]
         limits(grid[0], every, share)
@@ -175,7 +180,7 @@ def panels(title: str, series: Mapping[str, Sequence[At]], x: str, label: str, *
             xs = [at.x for at in line]
             axes.fill_between(xs, [a.low for a in line], [a.high for a in line], color=COLOURS[0], alpha=0.25, lw=0)
             axes.plot(xs, [at.mean for at in line], color=COLOURS[1] if dark else COLOURS[0], lw=1.8, zorder=3)
-            axes.set_title(_folded(name, 24), fontsize=SMALL - 0.5, fontweight="normal", pad=3, color=ink)
+            axes.set_title(_folded(name, 22), fontsize=SMALL - 0.5, fontweight="normal", pad=3, color=ink)
             axes.tick_params(labelsize=7)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

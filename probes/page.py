@@ -8,8 +8,8 @@ from pathlib import Path
 
 from probes.blocks import Block, Code, Heading, Item, Items, Paragraph, Picture, Table
 
-COMFORT = 560  # CSS pixels: pictures up to this width fit a phone; wider ones scroll there
-SMALLEST = {True: 0.62, False: 0.85}  # the share of its size to which a picture shrinks, if it is narrow or wide
+COMFORT = 520  # CSS pixels: pictures up to this width fit a phone; wider ones scroll there
+SMALLEST = {True: 0.7, False: 0.85}  # the share of its size to which a picture shrinks, if it is narrow or wide
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2125; --soft: #59636e; --line: #d5dade; --tint: #f4f6f8;
@@ -43,8 +43,8 @@ table { border-collapse: separate; border-spacing: 0; font-size: 0.88rem; font-v
 th, td { padding: 0.35rem 0.7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; white-space: normal; min-width: 5.2rem; line-height: 1.25;
   border-bottom: 2px solid var(--soft); }
-th:first-child { position: sticky; left: 0; text-align: left; background: var(--page); min-width: 7rem;
-  max-width: 15rem; white-space: normal; font-weight: 600; border-right: 1px solid var(--line); }
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--page); min-width: 10rem;
+  max-width: 16rem; white-space: normal; font-weight: 600; border-right: 1px solid var(--line); }
 tbody tr:nth-child(even) > * { background: var(--tint); }
 figure { margin: 1.25rem 0 0.5rem; }
 figure img { display: block; width: 100%; height: auto; }
@@ -53,7 +53,7 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 4px
   overflow-x: auto; font: 0.82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; padding: 0.4rem 0; }
 footer { height: 2.5rem; }
-@media (max-width: 40rem) { th:first-child { max-width: 9.5rem; } th, td { padding: 0.35rem 0.5rem; } }
+@media (max-width: 40rem) { th:first-child { min-width: 7rem; max-width: 9rem; } th, td { padding: 0.35rem 0.5rem; } }
 @media print {
   @page { margin: 1.6cm; }
   body { font-size: 10pt; } body > * { max-width: none; padding: 0; } nav { display: none; }
@@ -142,7 +142,7 @@ def _picture(picture: Picture, folder: Path) -> str:
     width = round(float(points[1]) * 4 / 3) if points else COMFORT
     least = round(width * SMALLEST[width <= COMFORT])
     return (
-        f'<figure>\n<div class="scroll" tabindex="0" role="region" aria-label="picture"><picture>'
+        f'<figure>\n<div class="scroll" tabindex="0"><picture>'
         f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_inside(dark)}">'
         f'<img alt="{_text(picture.alt)}" src="{_inside(light)}" style="max-width: {width}px; min-width: {least}px">'
         f"</picture></div>\n<figcaption>{_text(picture.caption)}</figcaption>\n</figure>"

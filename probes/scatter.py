@@ -12,7 +12,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import LogLocator, SymmetricalLogLocator
 from matplotlib.transforms import Bbox
 
-from probes.charts import DOTS, SMALL, WIDTH, At, canvas, inks, limits, look
+from probes.charts import DOTS, SMALL, WIDTH, At, canvas, inks, limits, look, name_ends
 from probes.figures import FAINT
 from probes.matrix import Draw
 
@@ -31,14 +31,16 @@ def scatter(
 ) -> Draw:
     """Points by x, on a scale of powers; those of a series are joined. hollow: others, by name.
 
-    A name stands beside the last point of its series; where there is no room for all, numbers do, and a key has the
-    names. Series of one point are numbered as they come.
+    Where series are lines, names stand right of all. Else they stand beside their points; where there is no room for
+    all names, numbers do, and a key has the names.
     """
 
+    joined = any(len(line) > 1 for line in series.values())
+
     def draw(dark: bool) -> Figure:
-        if len(series) + len(hollow) <= NAMED:
+        if joined or len(series) + len(hollow) <= NAMED:
             figure, fits = _scattered(dark, False)
-            if fits:
+            if fits or joined:
                 return figure
         return _scattered(dark, True)[0]
 
@@ -47,7 +49,9 @@ def scatter(
         names = [*series, *hollow]
         columns = 2 if max(map(len, names)) < 36 else 1
         key = 0.18 * math.ceil(len(names) / columns) if numbered else 0.0
-        figure, axes = canvas(WIDTH, 3.9 + key)
+        width = max(WIDTH, 3.7 + 0.07 * max(map(len, series))) if joined else WIDTH
+        high = max(3.9, 1.1 + 0.17 * len(series)) if joined else 3.9 + key
+        figure, axes = canvas(width, high)
         every = [at for line in series.values() for at in line]
         ys = [y for at in every for y in (at.low, at.high)] + [y for _, y in hollow.values()]
         limits(axes, [*ys, *([] if guess is None else [guess])], share)
@@ -62,7 +66,8 @@ def scatter(
                 [at.x for at in line], means, ranges, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=1.2,
                 capsize=2, zorder=3,
             )  # fmt: skip
-            wanted.append((line[-1].x, line[-1].mean, str(number + 1) if numbered else name, ink))
+            if not joined:
+                wanted.append((line[0].x, line[0].mean, str(number + 1) if numbered else name, ink))
             said = f"{number + 1}  {name}"
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=0, label=said))
         for number, (name, (size, y)) in enumerate(hollow.items()):
@@ -80,6 +85,8 @@ def scatter(
                 handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=SMALL - 0.5,
                 handlelength=1, labelspacing=0.25, columnspacing=1.2, labelcolor=ink,
             )  # fmt: skip
+        if joined:
+            name_ends(axes, {name: (line[-1].x, line[-1].mean) for name, line in series.items()}, high - 1.0, ink)
         dots = [(at.x, at.mean) for at in every] + list(hollow.values())
         return figure, _labelled(figure, axes, wanted, dots)
 

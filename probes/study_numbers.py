@@ -71,7 +71,8 @@ def mean(values: Sequence[float]) -> float:
 
 def results(study: Study, cells: Sequence[Resolved], rows: Iterable[Row]) -> list[Result]:
     """Of every cell, in the study's order. Rows of another digest, or of arms that the study lacks, do not count."""
-    known = {(row["digest"], Numbers(**row["arm"])): row for row in rows}
+    digests = {resolved.digest for resolved in cells}
+    known = {(row["digest"], Numbers(**row["arm"])): row for row in rows if row["digest"] in digests}
     found = []
     for resolved in cells:
         arms = study.arms(resolved.cell)
@@ -206,16 +207,20 @@ def _verdict(claim: Claim, by_name: Mapping[str, Result]) -> Verdict:
     means = [mean(side) for side in values]
     higher = rows[0][seeds[0]]["higher"]
     differences = tuple((more - less) * (1 if higher else -1) for more, less in zip(*values, strict=True))
-    numbers = (*means, differences)
+
+    def verdict(said: Said, why: str = "") -> Verdict:
+        return Verdict(claim, said, why, means[0], means[1], differences)
+
     if not math.isnan(bars[0]):  # an accuracy
         if min(means) >= CEILING - ROUND:
-            return Verdict(claim, "not testable here", f"both reach {CEILING:.0%} and more", *numbers)
+            return verdict("not testable here", f"both reach {CEILING:.0%} and more")
         if all(value <= bar + NEAR + ROUND for value, bar in zip(means, bars, strict=True)):
-            return Verdict(claim, "not testable here", "both are no better than guessing", *numbers)
-    for said, sign in (("seen", 1), ("the opposite", -1)):
-        if all(sign * x > 0 for x in differences) and sign * mean(differences) >= claim.least - ROUND:
-            return Verdict(claim, "seen" if said == "seen" else "the opposite", "", *numbers)
-    return Verdict(claim, "not seen", "", *numbers)
+            return verdict("not testable here", "both are no better than guessing")
+    if min(differences) > 0 and mean(differences) >= claim.least - ROUND:
+        return verdict("seen")
+    if max(differences) < 0 and mean(differences) <= ROUND - claim.least:
+        return verdict("the opposite")
+    return verdict("not seen")
 
 
 def _measured(row: Row, slice: str) -> tuple[float, float] | None:
