@@ -56,10 +56,11 @@ footer { height: 2.5rem; }
 @media (max-width: 40rem) { th:first-child { min-width: 7rem; max-width: 9rem; } th, td { padding: 0.35rem 0.5rem; } }
 @media print {
   @page { margin: 1.6cm; }
-  body { font-size: 10pt; } body > * { max-width: none; padding: 0; } nav { display: none; }
+  html { font-size: 10pt; } body > * { max-width: none; padding: 0; } nav { display: none; }
   h2 { break-after: avoid; } figure, li, tr { break-inside: avoid; }
   .scroll { overflow: visible; } figure img { min-width: 0 !important; max-width: 100% !important; }
-  table { font-size: 6.5pt; } th, td, th:first-child { padding: 0.15rem 0.25rem; white-space: normal; min-width: 0; }
+  table { font-size: 6pt; width: 100%; }
+  th, td, thead th, th:first-child { padding: 0.1rem 0.15rem; white-space: normal; min-width: 0; }
   pre { white-space: pre-wrap; } th:first-child { position: static; }
 }
 """
