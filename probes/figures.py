@@ -179,7 +179,7 @@ def _name_guides(axes: Axes) -> None:
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str, str]]) -> None:
     """Writes each name beside the last point of its line; names that would overlap are moved apart."""
-    heights = _apart([y for (_, y), _, _ in ends], least=0.062, low=0.0, high=1.0)
+    heights = apart([y for (_, y), _, _ in ends], least=0.062, low=0.0, high=1.0)
     for ((x, y), name, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
             name, xy=(x, y), xytext=(1.02, height), textcoords=axes.get_yaxis_transform(), color=colour, va="center",
@@ -187,7 +187,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str, str]])
         )  # fmt: skip
 
 
-def _apart(wanted: Sequence[float], *, least: float, low: float, high: float) -> list[float]:
+def apart(wanted: Sequence[float], *, least: float, low: float, high: float) -> list[float]:
     """Heights as near to the wanted ones as a gap of `least` between any two allows, in their order."""
     order = np.argsort(np.array(wanted), kind="stable")
     least = min(least, (high - low) / max(1, len(wanted) - 1))
