@@ -24,7 +24,7 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
     folder = options.folder or ROOT / "results" / title
     console = Console()
     cells = prepare(study)
-    work = Work(study, title, cells, opened(folder / LEDGER), folder, command, console)
+    work = Work(study, title, cells, opened(folder / LEDGER), folder, f"{command}{_flags(options)}", console)
     console.print(_table(work))
     if options.dry_run:
         return None
@@ -33,6 +33,15 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
     if not any(row["digest"] == resolved.digest for resolved in cells for row in work.ledger.rows):
         raise ConfigError("nothing of this study is known yet, so there is nothing to report")
     return study_report.write(study, title, cells, work.ledger.rows, folder)
+
+
+def _flags(options: Options) -> str:
+    """What a command needs to make these arms again; which cells, each row says by itself."""
+    given = [
+        f"--{name} {value}" for name in ("seeds", "steps", "together") if (value := getattr(options, name)) is not None
+    ]
+    given += [f"--rates {' '.join(map(str, options.rates))}"] if options.rates else []
+    return "".join(f" {flag}" for flag in given)
 
 
 def _table(work: Work) -> Table:

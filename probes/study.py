@@ -88,7 +88,7 @@ class Claim:
     """Something that a paper says, as a comparison of two cells.
 
     says: the claim. source: paper, table or figure. more, less: cells (Cell.name); the first does better, seed by seed.
-    least: by how much on average, to count. scale: a slice's name, as in "length 512", if the claim is of it alone.
+    least: by how much on average, to count. slice: a slice's name, as in "length 512", if the claim is of it alone.
     untestable: why it cannot be judged at this size; then the cells are not compared.
     """
 
@@ -139,7 +139,7 @@ class Study:
     goal: of the validation; an arm that reaches it stops, and the steps are told. None: all train to the end.
     checks: validations over a training. together: arms of a program at most; 0 for all of a cell.
     versus: the axis that the report's main picture runs along; "state_bytes" for accuracy beside bytes of state.
-    guess: what a model without memory reaches, in pictures. claims, references: what papers say.
+    claims, references: what papers say.
     notes: how results are to be read: differences from the papers' settings, and what cannot be seen here.
     """
 

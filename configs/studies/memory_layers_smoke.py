@@ -1,17 +1,18 @@
 """A look at every part of a study in a minute: three memories on MQAR, two learning rates, matched in parameters."""
 
-from configs.mqar import LAW
 from layers.attention import Attention
 from layers.gated_conv import GatedConv
 from layers.gated_deltanet import GatedDeltaNet
 from layers.linear import LinearAttention
+from layers.mlp import MLP
 from models.lm import LM, Stage
 from probes.study import Claim, Match, Study, axis
 from probes.tasks.recall import MQAR
 from probes.tasks.task import probe
 from training.experiment import AdamW, Experiment, Schedule, Train
 
-HARDER = MQAR(vocab=256, length=64, pairs=8, filler="conflict_free")
+LAW = MQAR(vocab=64, length=32, pairs=2, filler="conflict_free")
+HARDER = MQAR(vocab=64, length=32, pairs=4, filler="conflict_free")
 LAYERS = {
     "attention": Attention(H=2, rope_theta=None),
     "linear attention": LinearAttention(H=2),
@@ -21,15 +22,15 @@ smoke = Study(
     about="Which memory recalls pairs after a few steps, all models having as many parameters?",
     base=Experiment(
         description="MQAR, a gated convolution and a memory.",
-        model=LM(W=256, D=32, stages=(Stage((GatedConv(), LAYERS["attention"])),), tied=True),
-        data=probe([LAW], [LAW, HARDER], 128, B=32),
-        optimizer=AdamW(lr=1e-2, schedule=Schedule(warmup=5, shape="cosine", final=0.0)),
-        train=Train(steps=80),
+        model=LM(W=64, D=32, stages=(Stage((GatedConv(), LAYERS["attention"], MLP(F=64))),), tied=True),
+        data=probe([LAW], [LAW, HARDER], 128, B=64),
+        optimizer=AdamW(lr=3e-2, schedule=Schedule(warmup=5, shape="cosine", final=0.0)),
+        train=Train(steps=96),
     ),
     axes=(axis("memory", "model.stages.0.pattern.1", LAYERS),),
-    rates=(3e-3, 1e-2),
+    rates=(1e-2, 3e-2),
     seeds=2,
-    match=(Match("parameters", ("model.D",), tuple(range(16, 65, 8))),),
+    match=(Match("parameters", ("model.stages.0.pattern.2.F",), tuple(range(4, 97, 4))),),
     checks=8,
     versus="state_bytes",
     claims=(
@@ -40,6 +41,6 @@ smoke = Study(
             less="linear attention",
         ),
     ),
-    notes="80 steps show that all parts work, and little of the memories.",
+    notes="96 steps show that all parts work, and little of the memories.",
 )
 tiers = {"smoke": smoke}
