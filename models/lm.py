@@ -226,8 +226,9 @@ class LanguageModel(nnx.Module):
         at_BN: int32, the places that are wanted: y is [B, N, D], and the last layers do no more than that takes. With
         a state: ValueError, since all of the tokens have to be remembered.
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
-        still advance); ValueError for a name that no layer has. Or what `running` makes of names: arrays, so that one
-            program serves every choice.
+            still advance); ValueError for a name that no layer has. Or arrays, as `running` makes them of names: then
+            one compiled program serves every choice.
+
         aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's as "stage.*.layer/name", stacked; the
         embedding's as "ngrams/name".
         """

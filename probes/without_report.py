@@ -15,8 +15,8 @@ ABOUT = {
     "tables": "The table that the layer looks up is all zeros.",
     "writes": "From the middle of each row on, the layer's state is what it was there: the layer knows the first half "
     "and the token itself, and nothing between. (All of its state stays: the tail of a convolution and the last ids of "
-    "n-grams, too, so the figure is also of what they do.) A document that starts after the middle finds an empty state, "
-    "and leaves it empty. Tokens after the middle alone are counted, of the whole model, too.",
+    "n-grams, too, so the figure is also of what they do.) A document that starts after the middle finds an empty "
+    "state, and leaves it empty. Tokens after the middle alone are counted, of the whole model, too.",
     "window": "The layer's windows show no more than so many tokens, the token itself included.",
 }
 UNITS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
