@@ -26,7 +26,7 @@ from training.settings import ConfigError
 MISSING = {  # what is said of a model that has none of a part
     "layers": "this model has no layers",
     "tables": "this model looks nothing up: there are no tables",
-    "writes": "this model remembers nothing: there are no writes",
+    "writes": "this model has no memory that is read token by token: there are no writes",
     "window": "no layer of this model has a window to narrow",
 }
 BATCHES, BATCHES_WRITES = 16, 2
