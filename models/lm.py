@@ -29,6 +29,7 @@ from models.parameters import is_variable
 from models.streams import Hyper, HyperConnection, write
 
 State = tuple[Any, ...]  # by stage, repeat, layer of the pattern; then that of the embedding, where it has n-grams
+Skip = tuple[str, ...] | tuple[Array, ...]  # names of layers, or `running` of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ class LanguageModel(nnx.Module):
         tokens: Tokens,
         state: State | None = None,
         *,
-        skip: tuple[str, ...] = (),
+        skip: Skip = (),
         at_BN: Array | None = None,
         prefix_BT: Array | None = None,
     ) -> Out:
@@ -225,11 +226,14 @@ class LanguageModel(nnx.Module):
         at_BN: int32, the places that are wanted: y is [B, N, D], and the last layers do no more than that takes. With
         a state: ValueError, since all of the tokens have to be remembered.
         skip: layers to leave out, as "stage.repeat.layer" or "stage.*.layer" (ablation at evaluation; their states
-        still advance); ValueError for a name that no layer has. aux: each layer's, as "stage.repeat.layer/name"; a
-        scanned stage's as "stage.*.layer/name", stacked; the embedding's as "ngrams/name".
+            still advance); ValueError for a name that no layer has. Or arrays, as `running` makes them of names: then
+            one compiled program serves every choice.
+
+        aux: each layer's, as "stage.repeat.layer/name"; a scanned stage's as "stage.*.layer/name", stacked; the
+        embedding's as "ngrams/name".
         """
         config = self.config
-        check_skip(config, skip)
+        keeps = _keeps(config, skip)
         if state is not None and at_BN is not None:
             raise ValueError("LanguageModel.hidden: places (at_BN) are for training calls, which have no state")
         dtype = jnp.dtype(config.dtype)
@@ -249,10 +253,9 @@ class LanguageModel(nnx.Module):
             x = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], config.streams, config.D))
         for s, (stage, blocks) in enumerate(zip(config.stages, self.stages, strict=True)):
             states = None if state is None else state[s]
-            keep = _kept(stage, s, skip)
             ends = s == len(config.stages) - 1
             asked = at_BN if ends else None
-            x, states, said = self._run(stage, blocks, x, tokens, states, keep, asked, prefix_BT)
+            x, states, said = self._run(stage, blocks, x, tokens, states, keeps[s], asked, prefix_BT)
             after.append(states)
             aux |= {f"{s}.{name}": value for name, value in said.items()}
         if config.streams > 1:
@@ -322,7 +325,7 @@ class LanguageModel(nnx.Module):
         tokens: Tokens,
         state: State | None = None,
         *,
-        skip: tuple[str, ...] = (),
+        skip: Skip = (),
         prefix_BT: Array | None = None,
     ) -> Out:
         """y is float32 logits [B, T, W]."""
@@ -364,11 +367,29 @@ def _is_shared(variable: nnx.Variable) -> bool:
     return variable.get_metadata().get("shared", False)
 
 
-def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> Array | None:
-    """Which layers run, bool [repeats, layers of the pattern]; None for all."""
+def running(config: LM, skip: tuple[str, ...]) -> tuple[Array, ...]:
+    """Which layers run without those of `skip`, by stage: bool [repeats, layers of the pattern]. For `hidden`'s skip.
+
+    Raises ValueError for a name in `skip` that no layer answers to.
+    """
+    check_skip(config, skip)
+    return tuple(jnp.array(_kept(stage, s, skip)) for s, stage in enumerate(config.stages))
+
+
+def _keeps(config: LM, skip: Skip) -> list[Array | None]:
+    """By stage, which layers run; None for all."""
+    names = tuple(name for name in skip if isinstance(name, str))
+    if len(names) < len(skip):
+        return list(skip)  # type: ignore[arg-type]
+    check_skip(config, names)
+    kept = [_kept(stage, s, names) for s, stage in enumerate(config.stages)]
+    return [None if all(map(all, rows)) else jnp.array(rows) for rows in kept]
+
+
+def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> list[list[bool]]:
+    """Which layers run, by repeat and layer of the pattern."""
     names = [[(f"{index}.{r}.{i}", f"{index}.*.{i}") for i in range(len(stage.pattern))] for r in range(stage.repeats)]
-    keep = [[not set(pair) & set(skip) for pair in row] for row in names]
-    return None if all(map(all, keep)) else jnp.array(keep)
+    return [[not set(pair) & set(skip) for pair in row] for row in names]
 
 
 def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:

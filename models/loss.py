@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.layer import Tokens, take
-from models.lm import LanguageModel
+from models.lm import LanguageModel, Skip
 
 ASK_NOTHING = -100  # the label of a position that is not asked
 
@@ -30,7 +30,7 @@ def score_tokens(
     labels_BT: Array,
     *,
     labelled: int | None = None,
-    skip: tuple[str, ...] = (),
+    skip: Skip = (),
     prefix_BT: Array | None = None,
 ) -> tuple[Scores, dict[str, Array]]:
     """A training call, scored: (scores, the layers' aux).

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from layers.layer import Einsum, Out, Tokens
-from models.lm import LM, LanguageModel
+from models.lm import LM, LanguageModel, Skip
 from probes.tasks.task import Probe
 from training.data import DataConfig
 
@@ -46,7 +46,7 @@ class BottleneckModel(LanguageModel):
         tokens: Tokens,
         state: Any = None,
         *,
-        skip: tuple[str, ...] = (),
+        skip: Skip = (),
         at_BN: Array | None = None,
         prefix_BT: Array | None = None,
     ) -> Out:

@@ -15,7 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from layers.layer import Tokens
-from models.lm import LM, LanguageModel
+from models.lm import LM, LanguageModel, Skip
 from models.loss import Scores, score_tokens
 from models.parameters import Params, Structure, flatten
 from probes.evaluation import Answer
@@ -60,7 +60,7 @@ class SmallRun:
         return float(counts[0] / counts[1])
 
 
-def scored(model: LanguageModel, batch: Batch, labelled: int | None, skip: tuple[str, ...] = ()) -> Scores:
+def scored(model: LanguageModel, batch: Batch, labelled: int | None, skip: Skip = ()) -> Scores:
     """Of all places, or of the labelled ones alone."""
     tokens = Tokens(jnp.asarray(batch.ids_BT), jnp.asarray(batch.pos_BT))
     ahead = None if batch.prefix_BT is None else jnp.asarray(batch.prefix_BT)
