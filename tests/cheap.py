@@ -21,11 +21,14 @@ def flags() -> Iterator[str]:
 
 
 def known(flag: str) -> bool:
-    """Whether this XLA has a flag; one that it does not know ends the process."""
+    """Whether this XLA has a flag; one that it does not know ends the process.
+
+    Flags are registered by names that stand as strings of their own; a flag of old, in the list of reserved names.
+    """
     spec = importlib.util.find_spec("jaxlib")
     for folder in (spec and spec.submodule_search_locations) or []:
         for library in pathlib.Path(folder).glob("*.so"):
             with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
-                if bytes_.find(flag.encode()) >= 0:
+                if bytes_.find(b"\0" + flag.encode() + b"\0") >= 0:
                     return True
     return False
