@@ -143,7 +143,8 @@ def said(rows: Sequence[dict[str, Any]]) -> str:
     seconds, first = sum(row["cpu_seconds"] for row in rows), rows[0]
     reached = [row["goal_step"] for row in rows if row["goal_step"] is not None]
     goal = f"; {len(reached)} reached the goal, in {min(reached):,} steps and more" if reached else ""
-    return f"{first['cell']}: {len(rows)} arm{'s' * (len(rows) > 1)}, {first['measure']} {spread} ({seconds:.0f} CPU s{goal})"
+    arms = f"{len(rows)} arm{'s' * (len(rows) > 1)}"
+    return f"{first['cell']}: {arms}, {first['measure']} {spread} ({seconds:.0f} CPU s{goal})"
 
 
 def _unfinished(work: Work, resolved: Resolved) -> Path:
