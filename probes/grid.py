@@ -63,8 +63,21 @@ class Grid:
         self._numbers = jax.device_put(numbers, self._home)
         self.answers = answerer(self.structure)
         # Places that are the same for every arm stay so for XLA: a condition on them must not become a choice.
-        self._step = jax.jit(jax.vmap(self._one, in_axes=(0, Batch(0, 0, 0, 0), 0)), donate_argnums=0)  # type: ignore[arg-type]
-        self._in_step = jax.jit(jax.vmap(self._one, in_axes=(0, Batch(0, None, 0, 0), 0)), donate_argnums=0)  # type: ignore[arg-type]
+        self._step = self._of_all(Batch(0, 0, 0, 0))  # type: ignore[arg-type]
+        self._in_step = self._of_all(Batch(0, None, 0, 0))  # type: ignore[arg-type]
+
+    def _of_all(self, axes: Batch) -> Any:
+        """A step of all arms. axes: of the batch, None for what all have in common."""
+        if len(self.arms) > 1:
+            return jax.jit(jax.vmap(self._one, in_axes=(0, axes, 0)), donate_argnums=0)  # type: ignore[arg-type]
+
+        def alone(state: Any, batch: Batch, numbers: Numbers) -> Any:
+            """Without vmap: XLA on CPU (jax 0.10.2) ends the process in products of GLA with an axis of one arm."""
+            parts: Any = (x if x is None or axis is None else x[0] for x, axis in zip(batch, axes, strict=True))
+            state, numbers = jax.tree.map(lambda x: x[0], (state, numbers))
+            return jax.tree.map(lambda x: x[None], self._one(state, Batch(*parts), numbers))
+
+        return jax.jit(alone, donate_argnums=0)
 
     def _optimizer(self, numbers: Numbers | None = None) -> Any:
         e, specs = self.experiment, self.structure.specs

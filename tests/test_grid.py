@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.gla import GLA
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
 from models.parameters import flatten
@@ -54,6 +55,18 @@ def test_arms_begin_as_they_say():
     np.testing.assert_array_equal(batch.ids_BT[1], DATA.build().batch(1, 3).ids_BT)
     with pytest.raises(ValueError, match="at least one Arm"):
         Grid(MODEL, DATA.build(), optimizer(AdamW), Train(steps=4), ())
+
+
+def test_one_arm_is_what_it_is_among_others():
+    """Of a layer whose products with an axis of one arm ended the process."""
+    model = LM(W=32, D=16, stages=(Stage((GLA(H=2, K=4, V=8, chunk=8),)),), tied=True)
+    losses = {}
+    for arms in (ARMS[:1], ARMS[:2]):
+        grid = Grid(model, DATA.build(), optimizer(AdamW), Train(steps=2), arms)
+        *_, (_, _, loss_A) = grid.train()
+        losses[len(arms)] = np.asarray(loss_A)
+    assert losses[1].shape == (1,)
+    np.testing.assert_allclose(losses[1], losses[2][:1], atol=1e-5)
 
 
 @pytest.mark.slow
