@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from types import SimpleNamespace
@@ -252,6 +253,13 @@ def test_surroundings_that_do_not_answer(monkeypatch, caplog):
     assert processes._detected() == 1
     (record,) = caplog.records
     assert "training alone" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"processes.coordinator is '{where}': .*in use.*; give another port"):
+            processes.start(Processes(coordinator=where, count=2, index=0))
 
 
 def test_a_mesh_leaves_no_process_out():

@@ -135,7 +135,7 @@ class Checkpoints:
             # step copy; the tests hold it to that.) It refuses arrays of size zero: those live in meta.json alone.
             self._checkpointer().save(temporary / ARRAYS, args=ocp.args.PyTreeSave(_without_empty(arrays)))
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._give_up(temporary)
             raise self._not_saved(step, error) from error
         self._writer = threading.Thread(target=self._finish, args=(step, temporary, text), name="checkpoint")
         self._writer.start()
@@ -169,7 +169,7 @@ class Checkpoints:
                 self._commit(step, temporary, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
             self._save_together.exchange()  # nobody leaves before it is done
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._give_up(temporary)
             self._failure = self._not_saved(step, error)
             return
         try:
@@ -197,6 +197,10 @@ class Checkpoints:
             if step not in keep:  # renamed first: a folder with a step's name is never half deleted
                 os.rename(self.folder / f"{step:08d}", self.folder / f"{TEMPORARY}deleted-{step:08d}")
         self._sweep()
+
+    def _give_up(self, temporary: Path) -> None:
+        if processes.count() == 1:  # others may still write there; whoever goes on removes it
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _sweep(self) -> None:
         for path in self.folder.glob(f"{TEMPORARY}*"):

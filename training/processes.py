@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -32,37 +33,62 @@ logger = logging.getLogger(__name__)
 
 LOST = 69  # exit status of a process that leaves because another is gone
 BEAT_SECONDS = 1.0
+WAIT_SECONDS = 600  # for the others to come
 _DAY = 24 * 3600
 _FAILED, _STOP = "engrax/failed", "engrax/stop"
 
 
 def start(asked: "Processes") -> None:
-    """Joins the others, where there are others; before anything looks at a device. Raises ConfigError."""
+    """Joins the others, where there are others; before anything looks at a device. Ends the program if none comes."""
     global _group
     given = asked.index is not None and asked.count != 1
     if not given and (asked.count == 1 or _detected() == 1):
         return
-    wanted: dict[str, Any] = {
-        # Our own watch speaks first and in one line; JAX's, whose end is a crash with a stack trace, comes after it.
+    wanted: dict[str, Any] = {  # JAX's patience ends in a crash with a stack trace; ours comes first, and is one line
+        "initialization_timeout": WAIT_SECONDS + 60,
         "heartbeat_timeout_seconds": 2 * asked.heartbeat + 5,
         "shutdown_timeout_seconds": 60,
     }
     if given:
+        if asked.index == 0:
+            _refuse_busy_port(asked.coordinator or "")
         wanted |= {"coordinator_address": asked.coordinator, "num_processes": asked.count, "process_id": asked.index}
         wanted["cluster_detection_method"] = "deactivate"  # or Slurm would hand out one GPU a process
     known = inspect.signature(jax.distributed.initialize).parameters
     # Its own handler of SIGTERM would swallow the signal until we look; ours is in training/stop.py.
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
+    together = threading.Event()
+    threading.Thread(target=_impatient, args=(together,), daemon=True).start()
     try:
         jax.distributed.initialize(**{name: value for name, value in wanted.items() if name in known})
     except (RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"the processes did not find each other: {first}") from error
+        print(f"error: the processes did not find each other: {_first_line(error)}", file=sys.stderr)
+        end(2)  # what was begun cannot be shut down
+    together.set()
     _group = _Group(asked.heartbeat)
-    if not _group.index == 0:
+    if _group.index != 0:
         logging.getLogger("training").setLevel(logging.ERROR)  # the first process warns for all
     _group.watch()
+
+
+def _impatient(together: threading.Event) -> None:
+    if together.wait(10):
+        return
+    print("waiting for the other processes", file=sys.stderr, flush=True)
+    if not together.wait(WAIT_SECONDS - 10):  # JAX would crash soon after
+        print(f"error: not all processes have come in {WAIT_SECONDS} s: see what the others say", file=sys.stderr)
+        end(LOST)
+
+
+def _refuse_busy_port(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:  # JAX would crash
+        raise ConfigError(
+            f"processes.coordinator is {coordinator!r}: {_first_line(error)}; give another port"
+        ) from None
 
 
 def _detected() -> int:
@@ -78,9 +104,13 @@ def _detected() -> int:
     except Exception as error:  # Kubernetes that does not answer, a name without an address
         logger.warning(
             "whether there are other processes could not be found out (%s: %s): training alone",
-            type(error).__name__, (str(error).splitlines() or [""])[0],
+            type(error).__name__, _first_line(error),
         )  # fmt: skip
         return 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Group:
@@ -270,6 +300,11 @@ def ended_together(*foreseen: type[Exception]) -> Iterator[None]:
     """An error that is not foreseen ends all processes; one that only tells that another is gone is not shown."""
     try:
         yield
+    except KeyboardInterrupt:  # before there was something to save
+        if _group is None:
+            raise
+        _group.tell_failure(f"process {_group.index} was interrupted", 130)
+        _group.leave(f"{_group.name}interrupted", 130)
     except Exception as error:
         if _group is None or isinstance(error, foreseen):
             raise

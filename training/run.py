@@ -324,10 +324,11 @@ def _loop(
 
 def _same_everywhere(meeting: processes.Meeting, config: str, digest: str) -> None:
     """Refuses processes that were called with other flags, or that see other data."""
-    for index, (other, data) in enumerate(meeting.exchange([config, digest])):
-        if data != digest:
-            raise DataError(f"process {index} has other data (digest {data[:12]}, here {digest[:12]})")
-        if other != config:
+    (first_config, first_data), *others = meeting.exchange([config, digest])
+    for index, (other, data) in enumerate(others, 1):
+        if data != first_data:
+            raise DataError(f"process {index} has other data than process 0 ({data[:12]}, not {first_data[:12]})")
+        if other != first_config:
             raise settings.ConfigError(f"process {index} was given another config or other flags: give all the same")
 
 
