@@ -153,11 +153,14 @@ def test_when_one_dies_all_leave_and_others_go_on(folder, long, count, devices, 
         time.sleep(0.01)
     assert time.monotonic() - died < heartbeat + 5
     for index, ended in enumerate(crowded.ended()):
-        if index != victim:
-            assert f"process {index}: process {victim} is gone" in ended.err, ended.err
+        if victim == 0 != index:  # JAX has its own word then, and may be faster
+            assert f"process {index}: process 0 is gone" in ended.err or "another task died" in ended.err, ended.err
+            assert ended.status in (processes.LOST, -signal.SIGABRT), ended.err
+        elif index != victim:
+            assert re.fullmatch(f"process {index}: process {victim} is gone, silent for . s: .*\n", ended.err), (
+                ended.err
+            )
             assert ended.status == processes.LOST, ended.err
-            if victim != 0:  # JAX has its own word when the first one dies, too
-                assert ended.err.count("\n") == 1, ended.err
     resumed(folder, run, count=then, devices=8 // then)
     np.testing.assert_allclose(losses(run), losses(long), rtol=1e-6)
 

@@ -93,9 +93,9 @@ def _refuse_busy_port(coordinator: str) -> None:
 
 def _detected() -> int:
     """How many processes the surroundings say there are, by JAX's own rules: 1 where they say nothing."""
-    from jax._src import clusters  # to ask before joining: a job of one process must not wait for others
-
     try:
+        from jax._src import clusters  # to ask before joining: a job of one process must not wait for others
+
         kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Kubernetes cannot be asked: mostly a pod that is alone
@@ -195,7 +195,7 @@ class _Group:
         say so, not show what broke."""
         while error is not None and not re.match(r"[A-Z_]+: ", str(error)):
             error = error.__cause__ or error.__context__
-        if error is not None:
+        if error is not None and "os_error_code" not in str(error):  # which is of a disk
             time.sleep(self.heartbeat + 3 * BEAT_SECONDS)
 
     # Signals. A process runs ahead of its devices, each by other numbers of steps. So the one that was asked tells all;
