@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
         return _fail(error)
 
     from probes.after import look
+    from training import processes
     from training.checkpoint import CheckpointError, reason
     from training.data import DataError
     from training.flags import Options, parse
@@ -50,17 +51,19 @@ def main(arguments: list[str]) -> int:
         run = Path("runs") / (f"{stem}@{size}" if size else stem)
     try:
         options = parse(Options(experiment, run), arguments[1:], program=f"python train.py {arguments[0]}")
-        outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
-        if outcome["status"] == "done":
-            report(options.experiment, outcome, options.run)
-            look(outcome, options.run)
+        processes.start(options.processes)
+        with processes.ended_together(ConfigError, DataError, CheckpointError, OSError):
+            outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
+            if outcome["status"] == "done" and processes.first():
+                report(options.experiment, outcome, options.run)
+                look(outcome, options.run)
     except (ConfigError, DataError, CheckpointError) as error:
-        return _fail(error)
+        return processes.failed(error, error, 2)
     except OSError as error:
-        return _fail(reason(error))
-    if "message" in outcome:
+        return processes.failed(error, reason(error), 2)
+    if "message" in outcome and processes.first():
         print(outcome["message"], file=sys.stderr)
-    return {"stopped": 128 + outcome.get("signal", 0), "diverged": 1}.get(outcome["status"], 0)
+    return processes.finish({"stopped": 128 + outcome.get("signal", 0), "diverged": 1}.get(outcome["status"], 0))
 
 
 def _fail(error: object) -> int:

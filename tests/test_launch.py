@@ -291,15 +291,25 @@ def test_the_manifest_is_yaml_as_far_as_we_write_it(stubs, capsys):
     assert set(re.findall("^ *name: (.*)$", manifest, re.M)) == {'"small"'}, "YAML would read true or null as its own"
 
 
-def test_several_hosts_are_refused_until_they_are_asked_for(stubs, capsys):
+def test_several_hosts_run_the_same_command(stubs, capsys):
+    """One process a host, which train.py joins: every host by what its own surroundings say."""
     big = [a if a != "v6e-8" else "v6e-16" for a in ASKED["gke"]]
-    error = refused(capsys, *big)
-    assert error.startswith("this is a target of 4 hosts, and train.py trains with one process on one host today")
-    text = said(capsys, *big, "--several-hosts")
+    text = said(capsys, *big)
     assert "parallelism: 4\n          completions: 4\n" in text and "google.com/tpu: 4\n" in text
-    assert "# Today train.py trains with one process" in text
-    assert "hosts" in refused(capsys, *ASKED["slurm"], "--nodes", "2")
-    assert "#SBATCH --nodes=2\n" in said(capsys, *ASKED["slurm"], "--nodes", "2", "--several-hosts")
+    text = said(capsys, *ASKED["slurm"], "--nodes", "2")
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in text and "\nsrun --kill-on-bad-exit=1 .venv/bin/python" in text
+
+
+def test_a_queued_tpu_begins_again_when_a_process_was_lost(stubs, capsys):
+    home = stubs.parent
+    (home / "status").write_text("69")
+    (home / "stubs" / "gcloud").write_text(f"#!/bin/bash\ncat > {home}/ended\n")
+    (home / "stubs" / "sleep").write_text(f"#!/bin/bash\necho again >> {home}/tries\n")
+    (home / "stubs" / "sleep").chmod(0o755)
+    answer, _ = trained(files(said(capsys, *ASKED["queued"]))["startup.sh"], home)
+    assert answer.returncode == 69 and (home / "ended").read_text().strip() == "69"
+    assert (home / "tries").read_text().count("again") == 9
 
 
 VM, SLURM = ASKED["vm"], ASKED["slurm"]

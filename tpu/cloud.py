@@ -47,6 +47,18 @@ trap ending EXIT
 trap 'exit 143' TERM
 """
 
+# Where a process is lost, the others leave with 69 (training/processes.py), and all of them begin again.
+_BEGIN = """tries=0
+while true; do
+  status=0
+  """
+_AGAIN = """ || status=$?
+  case $status in 69 | 134 | 137) ;; *) exit "$status" ;; esac
+  tries=$((tries + 1))
+  [ "$tries" -lt 10 ] || exit "$status"
+  sleep 10
+done"""
+
 
 def _at(options: Vm) -> tuple[str, ...]:
     return f"--project={options.project}", f"--zone={options.zone}"
@@ -122,7 +134,7 @@ def queued(options: Queued, config: str, flags: list[str], place: Path) -> Plan:
         startup: scripts.script(
             scripts.assignments(ended=ended) + _ENDING,
             scripts.setup(options, "tpu", packages=True),
-            scripts.train(options, config, flags, bucket=options.bucket),
+            scripts.train(options, config, flags, bucket=options.bucket, how=_BEGIN, after=_AGAIN),
         )
     }
     if options.action == "watch":

@@ -41,8 +41,6 @@ targets:
 
 tpu/README.md has a page on it all."""
 
-TODAY = "Today train.py trains with one process, on one host: several hosts would each train alone."
-
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -84,9 +82,10 @@ def launch(arguments: list[str]) -> int:
         if options.action != "delete":
             check = shlex.join(["python", "train.py", config, *flags, "--dry-run"])
             first += f" Try the config here first: {check}"
-        print(dataclasses.replace(plan, notes=(first, TODAY, *plan.notes)).script(), end="")
+        print(dataclasses.replace(plan, notes=(first, *plan.notes)).script(), end="")
         return 0
-    print("\n".join([TODAY, *plan.notes]), flush=True)
+    if plan.notes:
+        print("\n".join(plan.notes), flush=True)
     try:
         plan.perform()
     except LaunchError as error:

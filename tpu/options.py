@@ -36,7 +36,6 @@ class Common:
     folder: the run's folder, as --run of train.py; empty for runs/ and the config's name.
     python: the Python on the worker that makes the environment.
     action: what to do; start unless said.
-    several_hosts: go ahead where there are several hosts, which train.py cannot join up yet.
     run: do it, rather than print it. dry_run: print it, which is done anyway.
     """
 
@@ -46,7 +45,6 @@ class Common:
     folder: str = ""
     python: str = "python3.11"
     action: str = "start"
-    several_hosts: bool = False
     run: bool = False
     dry_run: bool = False
     actions: ClassVar[tuple[str, ...]] = ("start", "logs", "restart", "delete")
@@ -54,7 +52,7 @@ class Common:
 
     @property
     def hosts(self) -> int:
-        """Machines that would train."""
+        """Machines that train, with a process each (training/processes.py)."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -73,11 +71,6 @@ class Common:
                 raise ConfigError(f"{field.name} {given}: give --{field.name.replace('_', '-')}, {meaning}")
         if ".." in self.folder.split("/"):
             raise ConfigError(f"folder is {self.folder!r}: give it without ..")
-        if self.hosts > 1 and not self.several_hosts:
-            raise ConfigError(
-                f"this is a target of {self.hosts} hosts, and train.py trains with one process on one host today: "
-                "take a smaller one, or go ahead with --several-hosts (tpu/README.md says what happens then)"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

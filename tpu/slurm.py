@@ -7,7 +7,8 @@ from tpu.options import Slurm
 from tpu.plan import Command, Plan
 
 # USR1 goes to train.py three minutes before the limit: it saves and leaves with 138, and the job queues again. A job
-# that is preempted, Slurm queues again by itself. Singleton: the job waits for an older one of the same name.
+# that is preempted, Slurm queues again by itself. Singleton: the job waits for an older one of the same name. The
+# processes find each other by the variables that srun sets for each (training/processes.py).
 _DIRECTIVES = """\
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}

@@ -9,7 +9,10 @@ A checkpoint is a folder named by its step:
 
 It is written under `tmp-00000300-1` and renamed when every byte, the digests included, is on the disk: a folder with
 a step's name is whole or was damaged later. Orbax alone restores flipped bits without a word, hence the digests.
-Nothing here unpickles or executes what it reads. One process writes; several processes are not supported yet.
+Nothing here unpickles or executes what it reads.
+
+Several processes write one checkpoint, into one folder that all of them see. Each writes what its devices hold, and the
+digests of that; the first one writes all else, renames and deletes. A process that fails to write ends them all.
 """
 
 import contextlib
@@ -20,7 +23,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,11 +30,12 @@ from typing import Any
 
 import jax
 
+from training import processes
+from training.digests import ARRAYS, META, DamagedError, digest, files, reason, sync
+
 logger = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
-META = "meta.json"
-ARRAYS = "arrays"
 TEMPORARY = "tmp-"
 FORMAT = 1
 
@@ -41,10 +44,6 @@ Arrays = dict[str, dict[str, Any]]
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or none that can be used; the message is meant for the user."""
-
-
-class DamagedError(Exception):
-    """One checkpoint is not whole: the text names the file and what is wrong with it."""
 
 
 class Checkpoints:
@@ -70,6 +69,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._saves = 0
+        self._read_together, self._save_together = (processes.Meeting(f"checkpoints-{use}") for use in ("read", "save"))
         if writable:
             if strange := sorted(set("*?[\\") & set(str(self.folder))):
                 # Orbax takes its own path for a pattern where it merges its files, and so leaves them unmerged.
@@ -80,7 +80,8 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointError(f"cannot write checkpoints in {self.folder}: {reason(error)}") from error
-            self._sweep()
+            if processes.first():
+                self._sweep()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -106,6 +107,7 @@ class Checkpoints:
         written) leaves the earlier checkpoints as they were, removes what it had written (what a late write still
         adds goes with the next save), and raises CheckpointError: this call, if it shows at once, or else the next
         `save` (which then saves nothing itself), `wait` or `close`.
+        Of several processes all call it, with the same arguments.
         A checkpoint of the same step is replaced, and those of later steps (a future that a resumed run has
         abandoned) are deleted, once the new one is complete.
         """
@@ -121,18 +123,19 @@ class Checkpoints:
         self._saves += 1
         temporary = self.folder / f"{TEMPORARY}{step:08d}-{self._saves}"
         try:
-            self._sweep()
-            temporary.mkdir(parents=True)
-            need = sum(x.nbytes for named in arrays.values() for x in named.values())
-            if need > (free := shutil.disk_usage(temporary).free):  # said before gigabytes are written, and in one line
-                raise DamagedError(f"{need / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB left on the disk")
+            if processes.first():
+                self._sweep()
+                temporary.mkdir(parents=True)
+                need = sum(x.nbytes for named in arrays.values() for x in named.values())
+                if need > (free := shutil.disk_usage(temporary).free):  # said in one line, and before gigabytes are
+                    raise DamagedError(f"{need / 1e6:.0f} MB do not fit into the {free / 1e6:.0f} MB left on the disk")
             import orbax.checkpoint as ocp
 
             # Orbax copies from the devices before it returns. (On CPU it holds a reference that makes a donating
             # step copy; the tests hold it to that.) It refuses arrays of size zero: those live in meta.json alone.
             self._checkpointer().save(temporary / ARRAYS, args=ocp.args.PyTreeSave(_without_empty(arrays)))
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._give_up(temporary)
             raise self._not_saved(step, error) from error
         self._writer = threading.Thread(target=self._finish, args=(step, temporary, text), name="checkpoint")
         self._writer.start()
@@ -157,25 +160,33 @@ class Checkpoints:
 
     def _finish(self, step: int, temporary: Path, text: str) -> None:
         try:
-            self._checkpointer().wait_until_finished()
-            (temporary / META).write_text(text)
-            sums = "".join(f"{_digest(temporary / name, sync=True)}  {name}\n" for name in _files(temporary))
-            (temporary / SUMS).write_text(sums)
-            for path in (temporary / SUMS, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
-                _sync(path)
-            final = self.folder / f"{step:08d}"
-            if final.exists():
-                os.rename(final, self.folder / f"{TEMPORARY}replaced-{step:08d}")
-            os.rename(temporary, final)
-            _sync(self.folder)
+            self._checkpointer().wait_until_finished()  # of all processes: orbax waits for each
+            if processes.first():
+                (temporary / META).write_text(text)
+            own = {name: digest(temporary / name, on_disk=True) for name in files(temporary, processes.index())}
+            sums = {name: digits for said in self._save_together.exchange(own) for name, digits in said.items()}
+            if processes.first():
+                self._commit(step, temporary, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+            self._save_together.exchange()  # nobody leaves before it is done
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._give_up(temporary)
             self._failure = self._not_saved(step, error)
             return
         try:
-            self._prune(step)
+            if processes.first():
+                self._prune(step)
         except OSError as error:
             logger.warning("old checkpoints in %s could not be deleted: %s", self.folder, reason(error))
+
+    def _commit(self, step: int, temporary: Path, sums: str) -> None:
+        (temporary / SUMS).write_text(sums)
+        for path in (temporary / SUMS, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+            sync(path)
+        final = self.folder / f"{step:08d}"
+        if final.exists():
+            os.rename(final, self.folder / f"{TEMPORARY}replaced-{step:08d}")
+        os.rename(temporary, final)
+        sync(self.folder)
 
     def _prune(self, newest: int) -> None:
         steps = self._all_steps()
@@ -187,6 +198,10 @@ class Checkpoints:
                 os.rename(self.folder / f"{step:08d}", self.folder / f"{TEMPORARY}deleted-{step:08d}")
         self._sweep()
 
+    def _give_up(self, temporary: Path) -> None:
+        if processes.count() == 1:  # others may still write there; whoever goes on removes it
+            shutil.rmtree(temporary, ignore_errors=True)
+
     def _sweep(self) -> None:
         for path in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -195,10 +210,10 @@ class Checkpoints:
         if self._orbax is None:
             import orbax.checkpoint as ocp  # 0.2 s and more: not for those who only ask for --help
 
+            from training.hush import hush
+
             # Weights hardly compress (12% here, for half as much CPU time again).
-            logging.getLogger("absl").addFilter(_not_orbax)
-            logging.getLogger("asyncio").addFilter(_not_another_write)
-            _hush_closed_loops()
+            hush()
             self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         return self._orbax
 
@@ -230,8 +245,7 @@ class Checkpoints:
         """
         for candidate in self._candidates(step):
             with self._passing_over(candidate, step):
-                names = self._verify(candidate)
-                record = self._record(candidate, names)
+                record = self._whole(candidate)
                 self._compare(candidate, record["arrays"], like)
                 return candidate, self._read(candidate, like), record["meta"]
         self._refuse_if_damaged()
@@ -263,7 +277,7 @@ class Checkpoints:
     def _candidates(self, step: int | None) -> list[int]:
         if self._writer is not None:
             self._writer.join()  # a save under way may be the newest
-        steps = self._all_steps()
+        steps = self._read_together.of_first(self._all_steps)
         if step is None:
             return steps[::-1]
         if step not in steps:
@@ -314,17 +328,33 @@ class Checkpoints:
             sums[match[2]] = match[1]
         return sums
 
+    def _whole(self, step: int) -> dict[str, Any]:
+        """The record of a checkpoint that is whole. Raises DamagedError, on all processes, where one finds damage."""
+        damage, record = None, {}
+        try:
+            record = self._record(step, self._verify(step))
+        except (DamagedError, OSError) as error:
+            damage = error
+        said = self._read_together.exchange(None if damage is None else reason(damage))
+        if damage is not None:
+            raise damage
+        for index, text in enumerate(said):
+            if text is not None:
+                raise DamagedError(f"{text} (as process {index} sees it)")
+        return record
+
     def _verify(self, step: int) -> dict[str, str]:
-        """Compares every file with its digest; returns the digests. Only files found by walking are ever opened."""
+        """Compares every file with its digest, or a share of them, of several processes; returns the digests. Only
+        files found by walking are ever opened."""
         path, sums = self._path(step), self._sums(step)
-        found = _files(path)
+        found = files(path)
         for name in sums:
             if name not in found:
                 raise DamagedError(f"{name} is missing")
-        for name in found:
+        for place, name in enumerate(found):
             if name not in sums:
                 raise DamagedError(f"{name} is not listed in {SUMS}")
-            if _digest(path / name) != sums[name]:
+            if place % processes.count() == processes.index() and digest(path / name) != sums[name]:
                 raise DamagedError(f"{name} differs from its digest in {SUMS}")
         return sums
 
@@ -388,32 +418,6 @@ class Checkpoints:
         }
 
 
-def _files(folder: Path) -> list[str]:
-    """The files a checkpoint consists of, relative to its folder."""
-    names = [META] if (folder / META).exists() else []
-    for path in sorted((folder / ARRAYS).rglob("*")):
-        if path.is_symlink():
-            raise DamagedError(f"{path.relative_to(folder)} is a link")
-        if path.is_file():
-            names.append(path.relative_to(folder).as_posix())
-    return names
-
-
-def _digest(path: Path, *, sync: bool = False) -> str:
-    with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(x: Any) -> list[Any]:
     return [str(x.dtype), list(x.shape)]
 
@@ -431,50 +435,9 @@ def _sharding(x: Any) -> jax.sharding.Sharding:
 
 
 def _empty(x: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.device_put(jax.numpy.zeros(x.shape, x.dtype), x.sharding)
+    return jax.numpy.zeros(x.shape, x.dtype, device=x.sharding)
 
 
 def _without_empty(arrays: Mapping[str, Mapping[str, Any]]) -> Arrays:
     full = {group: {name: x for name, x in named.items() if _size(x)} for group, named in arrays.items()}
     return {group: named for group, named in full.items() if named}
-
-
-def reason(error: BaseException) -> str:
-    """One short line for a person, whatever the library said."""
-    text = str(error)
-    if isinstance(error, DamagedError):
-        return text
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if code := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's way to pass on an errno
-        return os.strerror(int(code[1]))
-    first = text.strip().splitlines()[0] if text.strip() else ""
-    return f"{type(error).__name__}: {first[:200]}"
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs each failed write as pages of traceback; it also raises it, and we report that in one line."""
-    return "orbax" not in Path(record.pathname).parts
-
-
-def _not_another_write(record: logging.LogRecord) -> bool:
-    """Of the writes that a full disk refuses orbax raises the first; asyncio logs the rest as never asked for: those
-    of arrays by tensorstore, with its way to pass on an errno, and those of metadata by orbax's own coroutines."""
-    text, error = record.getMessage(), str(record.exc_info[1] if record.exc_info else None)
-    return "never retrieved" not in text or ("os_error_code=" not in error and not re.search(r"[\\/]orbax[\\/]", text))
-
-
-def _hush_closed_loops() -> None:
-    """When a write fails, orbax closes its event loop while other writes still call back into it, from threads that
-    can tell nobody: Python would print a traceback for each, around the one line that says what happened."""
-    previous = sys.unraisablehook
-    if getattr(previous, "hushes", False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            previous(unraisable)
-
-    hook.hushes = True  # type: ignore[attr-defined]
-    sys.unraisablehook = hook

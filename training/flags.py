@@ -20,6 +20,39 @@ from training.settings import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that train together: found where TPU slices, Slurm, Kubernetes or Open MPI say so, or given.
+
+    coordinator: host:port that the first process listens at, and all others reach.
+    count: how many there are; 1: train alone, whatever the surroundings say.
+    index: which one this is, from 0.
+    heartbeat: seconds without a sign of life after which a process counts as dead, and the others leave.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    heartbeat: int = 10
+
+    def __post_init__(self):
+        if self.heartbeat < 3:
+            raise ConfigError(f"processes.heartbeat is {self.heartbeat}: it must be at least 3 seconds")
+        given = {name: getattr(self, name) for name in ("coordinator", "count", "index")}
+        if self.count == 1 or not any(value is not None for value in given.values()):
+            return
+        for name, value in given.items():
+            if value is None:
+                raise ConfigError(f"processes.{name} is missing: give --processes.coordinator, .count and .index, all")
+        if not re.fullmatch(r"\S+:\d+", self.coordinator or ""):
+            raise ConfigError(f"processes.coordinator is {self.coordinator!r}: give host:port of the first process")
+        assert self.count is not None and self.index is not None
+        if self.count < 1:
+            raise ConfigError(f"processes.count is {self.count}: it must be at least 1")
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"processes.index is {self.index}: it must be 0 to {self.count - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What train.py was asked for.
 
@@ -27,12 +60,14 @@ class Options:
     resume: auto: go on where the folder has a run; never: refuse such a folder; or the folder of another run to begin
         from.
     dry_run: stop after the summary.
+    processes: that train together.
     """
 
     experiment: Annotated[Any, tyro.conf.arg(name="")]
     run: Path
     resume: str = "auto"
     dry_run: bool = False
+    processes: Processes = Processes()
 
 
 Asked = TypeVar("Asked")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from layers.ops.tables import Spread
 from models.parameters import Spec
+from training import processes
+from training.data import Batch
 from training.experiment import Mesh
 
 RULES = {  # the first letter of a parameter that has a rule and divides takes the mesh axis; each axis is taken once
@@ -93,6 +96,28 @@ class Layout:
         """The batch's rows over `data`."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH))
 
+    def share(self, B: int) -> slice | None:
+        """The rows of a batch of B that this process makes: all those on its devices. None for one process: all."""
+        if processes.count() == 1:
+            return None
+        rows = [index[0].indices(B) for index in self.batch.addressable_devices_indices_map((B,)).values() if index]
+        return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
+
+    def feed(self, B: int) -> Callable[[Batch], Any]:
+        """From this process's share of a batch to the batch, as arrays over all processes. Of one process: as it is."""
+        share = self.share(B)
+        if share is None:
+            return lambda batch: batch
+
+        def place(part: np.ndarray) -> jax.Array:
+            def rows(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(B)
+                return part[start - share.start : stop - share.start]
+
+            return jax.make_array_from_callback((B, *part.shape[1:]), self.batch, rows)
+
+        return lambda batch: jax.tree.map(place, batch)
+
     def report(self, specs: dict[str, Spec]) -> list[str]:
         """What stays whole although a rule names one of its letters, and why."""
         lines = []
@@ -108,7 +133,8 @@ class Layout:
 
 def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layout:
     """The mesh of a config over the devices at hand. Raises ValueError, with the fix, where sizes do not divide."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:  # those of a process side by side, so that its rows are
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
     sizes = {"data": config.data, "model": config.model}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
@@ -123,6 +149,9 @@ def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layo
     if B % sizes["data"]:
         raise ValueError(f"data.B is {B}, which does not divide over mesh.data = {sizes['data']}: choose a multiple")
     count = sizes["data"] * sizes["model"]
+    if left := sorted({d.process_index for d in devices} - {d.process_index for d in devices[:count]}):
+        said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
+        raise ValueError(f"{said} leave process {left[0]} without a device: make their product {len(devices)}")
     grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
     if config.tables == "host" and count > 1:
         raise ValueError(f"mesh.tables is 'host', for a mesh of one device, and this has {count}: set mesh.data to 1")

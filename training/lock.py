@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training import processes
 from training.checkpoint import CheckpointError, reason
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class RunLock:
         self._over.clear()
         self._heart = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._heart.start()
+        processes.farewell(self.__exit__)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -128,6 +128,22 @@ class Log:
                 logger.warning("%s failed and is off from here on: %s: %s", name, type(error).__name__, error)
 
 
+class NoLog(Log):
+    """Of a process that is not the first: the first one's lines say it all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _TensorBoard:
     def __init__(self, folder: Path, rewound: int | None):
         from tensorboardX import SummaryWriter

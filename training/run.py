@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import io
 import platform
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from rich.markup import escape
 
 from models.lm import LanguageModel
 from models.parameters import Params, Structure, flatten
-from training import settings
+from training import processes, settings
 from training.checkpoint import CheckpointError, Checkpoints
 from training.data import NOT_ASKED, DataError, Dataset
 from training.evaluate import evaluate
@@ -34,7 +35,7 @@ from training.experiment import Experiment
 from training.heap import keep_heap
 from training.layout import Layout, build_layout
 from training.lock import RunLock
-from training.log import METRICS, Log, Progress
+from training.log import METRICS, Log, NoLog, Progress
 from training.optimizer import build_optimizer, learning_rate
 from training.step import eval_step, init_state, shown, train_step
 from training.stop import Stop
@@ -58,6 +59,8 @@ class Job:
     model: LanguageModel  # of ShapeDtypeStructs
     structure: Structure
     state: Any  # of ShapeDtypeStructs, with shardings
+    share: slice | None  # the rows of a batch that this process makes; None for all
+    feed: Any  # from these rows to what steps take
     init: Any
     step: Any
     evaluate: Any
@@ -114,9 +117,11 @@ def prepare(experiment: Experiment) -> Job:
         model,
         structure,
         state,
+        layout.share(experiment.data.B),
+        layout.feed(experiment.data.B),
         init=functools.partial(jax.jit(init, out_shardings=shardings), key),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
-        evaluate=jax.jit(eval_step(laid_out, dataset.token_bytes, dataset.labelled)),
+        evaluate=jax.jit(eval_step(laid_out, dataset.token_bytes, dataset.labelled), out_shardings=layout.replicated),
     )
 
 
@@ -177,7 +182,8 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "steps": f"{experiment.train.steps:,} ({experiment.train.steps * B * T:,} tokens)",
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
         + ", ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
-        + f", {experiment.mesh.layout}",
+        + f", {experiment.mesh.layout}"
+        + f", {processes.count()} processes" * (processes.count() > 1),
         "run": escape(str(run)),
     }
     show(console, experiment, job.model, job.structure, job.layout, facts)
@@ -197,26 +203,34 @@ def train(
         folder without a run begins (what it has of its own goes on as with "auto", so that the same command resumes).
     dry_run: stop after the summary; nothing is written, except that text becomes a token store in the cache.
 
+    Of several processes (training/processes.py) all call it with the same arguments; the first one speaks and writes.
+    Its outcome alone has the model.
+
     Raises ConfigError, DataError or CheckpointError, each in one line.
     """
-    console = console or Console()
+    first = processes.first()
+    console = (console or Console()) if first else Console(file=io.StringIO())
+    meeting = processes.Meeting("run")
     source = _source(run, resume, experiment, console)
     config = settings.render(experiment)
     job = prepare(experiment)
+    _same_everywhere(meeting, config, job.dataset.digest)
     facts = describe(job, console, run)
     if dry_run:
         return Outcome(status="dry run", step=0)
-    with RunLock(run):
+    with RunLock(run) if first else contextlib.nullcontext():
+        meeting.exchange()  # none begins before the folder is ours
         asked = experiment.train
         with (
             Stop() as stop,
             Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
-            Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) as log,
+            Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) if first else NoLog() as log,
         ):
             state, start = _start(job, checkpoints, source, run, console)
-            _write_atomically(run / "config.py", config)
-            if source not in (None, run) and (source / METRICS).is_file():
-                shutil.copyfile(source / METRICS, run / METRICS)
+            if first:
+                _write_atomically(run / "config.py", config)
+                if source not in (None, run) and (source / METRICS).is_file():
+                    shutil.copyfile(source / METRICS, run / METRICS)
             log.rewind(start)
             return _loop(job, state, start, stop, checkpoints, log, facts, run, console)
 
@@ -227,14 +241,20 @@ def _loop(
     experiment, train = job.experiment, job.experiment.train
     tokens = experiment.data.B * experiment.data.T
     rate = learning_rate(experiment.optimizer.lr, experiment.optimizer.schedule, train.steps)
-    source = job.dataset.train(train.seed)
+    source = job.dataset.train(train.seed, job.share)
     evaluation: dict[str, Any] = {}
+
+    def read(step: int) -> Any:
+        return job.feed(source[step])
+
+    def held_out() -> Iterator[Any]:
+        return map(job.feed, job.dataset.held_out(train.eval_batches, job.share))
 
     def save(step: int, metric: float | None = None) -> None:
         checkpoints.save(step, flatten_state(state), _meta(job, step), metric)
 
     def judge(step: int, progress: Progress) -> dict[str, Any]:
-        found = evaluate(job.evaluate, shown(state), job.dataset.held_out(train.eval_batches))
+        found = evaluate(job.evaluate, shown(state), held_out())
         log.write(step, {"kind": "eval", **found})
         said = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
         progress.print(f"step {step}/{train.steps}  held out  {said}")
@@ -247,12 +267,12 @@ def _loop(
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         Progress(train.steps, start=start, console=console) as progress,
     ):
-        ahead = reader.submit(source.__getitem__, min(start, train.steps - 1))
+        ahead = reader.submit(read, min(start, train.steps - 1))
         clock, counted = time.perf_counter(), start
         for step in range(start + 1, train.steps + 1):
             batch = ahead.result()
             if step < train.steps:
-                ahead = reader.submit(source.__getitem__, step)
+                ahead = reader.submit(read, step)
             state, metrics = job.step(state, batch)
             last = step == train.steps
             if logged := due(train.log_every, step) or last:
@@ -282,7 +302,7 @@ def _loop(
                 evaluation = judge(step, progress)
                 metric = evaluation["loss"]
                 clock, counted = time.perf_counter(), step
-            asked = stop.requested
+            asked = stop.after(step)
             if due(train.checkpoint_every, step) or last or asked:
                 save(step, metric)
             if asked and not last:
@@ -292,13 +312,24 @@ def _loop(
         checkpoints.wait()
     if start == train.steps:
         console.print(f"{run} is done: nothing is left to train", markup=False, highlight=False, soft_wrap=True)
-        evaluation = evaluate(job.evaluate, shown(state), job.dataset.held_out(train.eval_batches))
+        evaluation = evaluate(job.evaluate, shown(state), held_out())
     params: Params = shown(state)
+    if processes.count() > 1:
+        params = processes.whole(params)
     if job.layout.host:  # whoever is handed the model looks up tables on the device
         params = jax.device_put(params, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params))
-    return Outcome(
-        status="done", step=train.steps, evaluation=evaluation, model=job.structure.module(params), dataset=job.dataset
-    )
+    model = job.structure.module(params) if params else None
+    return Outcome(status="done", step=train.steps, evaluation=evaluation, model=model, dataset=job.dataset)
+
+
+def _same_everywhere(meeting: processes.Meeting, config: str, digest: str) -> None:
+    """Refuses processes that were called with other flags, or that see other data."""
+    (first_config, first_data), *others = meeting.exchange([config, digest])
+    for index, (other, data) in enumerate(others, 1):
+        if data != first_data:
+            raise DataError(f"process {index} has other data than process 0 ({data[:12]}, not {first_data[:12]})")
+        if other != first_config:
+            raise settings.ConfigError(f"process {index} was given another config or other flags: give all the same")
 
 
 def _start(job: Job, checkpoints: Checkpoints, source: Path | None, run: Path, console: Console) -> tuple[Any, int]:

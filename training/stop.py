@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from training import processes
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers, Ctrl-C, Slurm's warning before the time limit
@@ -19,9 +21,10 @@ class Stop:
         with Stop() as stop:
             for step in ...:
                 ...
-                if stop.requested:  # "SIGTERM", say
+                if stop.after(step):  # "SIGTERM", say
                     save and leave
 
+    Of several processes each may get the signal, and all hear of it at the same step.
     The first signal sets `requested`. While the loop saves, a second SIGTERM or SIGINT of the same kind is answered
     with a line; a third ends the process at once, with the usual code 128 + signal. SIGUSR1 never ends it. Earlier
     handlers come back on leaving. Outside the main thread, where Python allows no handlers, there is only a notice.
@@ -46,6 +49,10 @@ class Stop:
             signal.signal(kind, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
+    def after(self, step: int) -> str | None:
+        """The signal for which to leave when this step is done, if any. To be asked after every step."""
+        return processes.stop_after(step, self.requested)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._counts[number] += 1
@@ -62,6 +69,6 @@ class Stop:
 def _say(text: str) -> None:
     """Straight to standard error: print is not safe inside a handler that may have interrupted a print."""
     try:
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"\n{processes.name()}{text}\n".encode())
     except OSError:
         pass  # nobody listens
