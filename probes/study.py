@@ -139,6 +139,7 @@ class Study:
     goal: of the validation; an arm that reaches it stops, and the steps are told. None: all train to the end.
     checks: validations over a training. together: arms of a program at most; 0 for all of a cell.
     versus: the axis that the report's main picture runs along; "state_bytes" for accuracy beside bytes of state.
+    within: an axis whose choices cannot be compared, such as tasks: cells are ranked among those of the same choice.
     claims, references: what papers say.
     notes: how results are to be read: differences from the papers' settings, and what cannot be seen here.
     """
@@ -155,6 +156,7 @@ class Study:
     checks: int = 16
     together: int = 0
     versus: str = ""
+    within: str = ""
     claims: tuple[Claim, ...] = ()
     references: tuple[Reference, ...] = ()
     notes: str = ""
@@ -172,9 +174,13 @@ class Study:
             names = [choice.name for choice in axis.choices]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ConfigError(f"axis {axis.name!r} has two choices named {min(twice)!r}: tell them apart")
-        if self.versus not in ("", "state_bytes", *(axis.name for axis in self.axes)):
-            known = ", ".join(axis.name for axis in self.axes)
-            raise ConfigError(f"Study.versus is {self.versus!r}: it must be state_bytes or an axis ({known})")
+        known = [axis.name for axis in self.axes]
+        if self.versus not in ("", "state_bytes", *known):
+            raise ConfigError(
+                f"Study.versus is {self.versus!r}: it must be state_bytes or an axis ({', '.join(known)})"
+            )
+        if self.within not in ("", *known):
+            raise ConfigError(f"Study.within is {self.within!r}: it must be an axis ({', '.join(known)})")
         named = {cell.name for cell in self.cells}
         for claim in self.claims:
             for name in () if claim.untestable else (claim.more, claim.less):

@@ -26,8 +26,8 @@ class Result:
     """A cell and its arms that are done.
 
     arms: how many the study lists. settings: rows of each setting, by seed. best: the setting with the best mean of
-    `validation`, of those with the most seeds. rank: among cells, by the mean of `test` at their best settings; equal
-    means share one. None while nothing is trained.
+    `validation`, of those with the most seeds. rank: by the mean of `test` at their best settings; equal
+    means share one. None while nothing is trained. group: the choice of `study.within`; ranks are among its cells.
     """
 
     resolved: Resolved
@@ -35,6 +35,7 @@ class Result:
     settings: dict[Setting, list[Row]]
     best: Setting | None
     rank: int | None = None
+    group: str = ""
 
     @property
     def name(self) -> str:
@@ -80,10 +81,14 @@ def results(study: Study, cells: Sequence[Resolved], rows: Iterable[Row]) -> lis
         for arm in arms:
             if (row := known.get((resolved.digest, arm))) is not None:
                 settings.setdefault(arm.setting, []).append(row)
-        found.append(Result(resolved, len(arms), settings, _best(settings)))
-    goods = {result.name: good(result.test, result.chosen[0]["higher"]) for result in found if result.chosen}
-    ranks = {name: 1 + sum(other > mine + ROUND for other in goods.values()) for name, mine in goods.items()}
-    return [dataclasses.replace(result, rank=ranks.get(result.name)) for result in found]
+        group = dict(resolved.cell.choices).get(study.within, "")
+        found.append(Result(resolved, len(arms), settings, _best(settings), group=group))
+    goods = {(r.group, r.name): good(r.test, r.chosen[0]["higher"]) for r in found if r.chosen}
+    ranks = {
+        (group, name): 1 + sum(other > mine + ROUND for (same, _), other in goods.items() if same == group)
+        for (group, name), mine in goods.items()
+    }
+    return [dataclasses.replace(result, rank=ranks.get((result.group, result.name))) for result in found]
 
 
 def good(value: float, higher: bool) -> float:
@@ -102,8 +107,10 @@ def _best(settings: Mapping[Setting, Sequence[Row]]) -> Setting | None:
 
 
 def ranked(found: Sequence[Result]) -> list[Result]:
-    """Those that are trained, from the best to the last."""
-    return sorted((result for result in found if result.rank), key=lambda result: result.rank or 0)
+    """Those that are trained, from the best to the last; group by group, in the study's order."""
+    groups = list(dict.fromkeys(result.group for result in found))
+    trained = (result for result in found if result.rank)
+    return sorted(trained, key=lambda result: (groups.index(result.group), result.rank or 0))
 
 
 def slices(found: Sequence[Result]) -> list[str]:

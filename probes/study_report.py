@@ -80,6 +80,7 @@ def summary(found: Sequence[Result], said: Sequence[Verdict]) -> str:
     if waiting:
         lines.append(f"{count(len(waiting), 'cell is', 'cells are')} not trained yet.")
     lines += _ends(trained)
+    lines += _seeds(trained)
     if said:
         each = [(sum(v.said == word for v in said), word) for word in VERDICTS]
         told = ", ".join(f"{n} {word}" for n, word in each if n)
@@ -112,27 +113,35 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _ends(trained: Sequence[Result]) -> list[str]:
-    """The best and the last cell, beside what seeds do."""
-    best, last = trained[0], trained[-1]
-    measure = best.chosen[0]["measure"]
-    seeds = max(len(result.chosen) for result in trained)
-    if best is last:
-        lines = [f"{best.name} has {measure} {best.test:.3f}."]
-    else:
-        lines = [
-            f"The best cell is {best.name}, with {measure} {best.test:.3f}; the last is {last.name}, with "
-            f"{last.test:.3f}: they are {abs(best.test - last.test):.3f} apart."
-        ]
-    if seeds < 2:
-        return [*lines, "There is one seed of each setting, so nothing is known of the spread over seeds."]
+    """The best and the last cell, of each group."""
+    measure = trained[0].chosen[0]["measure"]
+    groups = list(dict.fromkeys(result.group for result in trained))
+    if len(groups) > 1:
+        ends = []
+        for group in groups:
+            mine = [result for result in trained if result.group == group]
+            last = f", and {mine[-1].name} is last with {mine[-1].test:.3f}" if len(mine) > 1 else ""
+            ends.append(f"{mine[0].name} is first with {measure} {mine[0].test:.3f}{last}")
+        return [f"Cells are ranked within each choice, of which there are {len(groups)}: {'; '.join(ends)}."]
+    best, worst = trained[0], trained[-1]
+    if best is worst:
+        return [f"{best.name} has {measure} {best.test:.3f}."]
+    return [
+        f"The best cell is {best.name}, with {measure} {best.test:.3f}; the last is {worst.name}, with "
+        f"{worst.test:.3f}: they are {abs(best.test - worst.test):.3f} apart."
+    ]
+
+
+def _seeds(trained: Sequence[Result]) -> list[str]:
+    """What seeds do."""
+    if max(len(result.chosen) for result in trained) < 2:
+        return ["There is one seed of each setting, so nothing is known of the spread over seeds."]
     spreads = [result.spread for result in trained if len(result.chosen) > 1]
     if len(spreads) == 1:
-        return [
-            *lines,
-            f"Its seeds are {spreads[0]:.3f} apart." if best is last else f"Seeds are {spreads[0]:.3f} apart.",
-        ]
+        whose = "Its seeds" if len(trained) == 1 else "Seeds"
+        return [f"{whose} are {spreads[0]:.3f} apart."]
     middle = f"{np.median(spreads):.3f} apart at the median of cells, and {max(spreads):.3f} at most"
-    return [*lines, f"Seeds of a cell are {middle}."]
+    return [f"Seeds of a cell are {middle}."]
 
 
 def _time(seconds: float) -> str:

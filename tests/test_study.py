@@ -102,6 +102,7 @@ def test_a_digest_is_of_what_results_depend_on():
         ({"seeds": 0}, "Study.seeds is 0"),
         ({"rates": (0.0,)}, "must be above 0"),
         ({"versus": "depth"}, r"state_bytes or an axis \(width\)"),
+        ({"within": "depth"}, r"Study.within is 'depth': it must be an axis \(width\)"),
         ({"axes": (Axis("width", (Choice("a"), Choice("a"))),)}, "two choices named 'a'"),
         ({"axes": (axis("width", "model.width", (1,)),)}, "no field 'width' in LM .it has W, D"),
         ({"axes": (axis("width", "model.stages.1.repeats", (1,)),)}, r"no field '1' in tuple \(it has 0 to 0\)"),

@@ -16,6 +16,7 @@ from probes.scatter import scatter
 from probes.study import Axis, Choice, Claim, Numbers, Reference, Study
 from probes.study_numbers import goal, guessing, ranked, results, verdicts
 from probes.study_pictures import spaced
+from training.settings import replaced
 
 PICTURES = ("main", "slices", "validation", "settings")
 FILES = [f"{stem}{mood}{kind}" for stem in PICTURES for mood in ("", "-dark") for kind in (".png", ".svg")]
@@ -25,7 +26,8 @@ def study(names=("a", "b", "c"), rates=(1e-3, 1e-2), seeds=2, **changes) -> Stud
     """A study whose cells have these names; it is never trained."""
     axes = (Axis("memory", tuple(Choice(name) for name in names)),)
     given = {"axes": axes, "match": (), "claims": (), "notes": "", "versus": ""} | changes
-    return dataclasses.replace(smoke, rates=rates, seeds=seeds, **given)
+    base = replaced(smoke.base, "train.steps", 80)
+    return dataclasses.replace(smoke, base=base, rates=rates, seeds=seeds, **given)
 
 
 def resolved(made: Study, off=(0.0,)) -> list[Resolved]:
@@ -96,6 +98,19 @@ def test_a_setting_with_fewer_seeds_is_not_compared():
     (cell,) = resolved(made)
     rows = [row(cell, 0, 0.5, 0.9, 1e-3), row(cell, 0, 0.3, 0.3), row(cell, 1, 0.3, 0.3)]
     assert results(made, [cell], rows)[0].best == (1e-2, None, 1.0)
+
+
+def test_cells_of_tasks_are_ranked_within_each():
+    axes = (Axis("task", (Choice("easy"), Choice("hard"))), Axis("memory", (Choice("a"), Choice("b"))))
+    made = study(axes=axes, within="task", seeds=1)
+    cells = resolved(made)
+    rows = [row(cell, 0, test) for cell, test in zip(cells, (0.8, 0.9, 0.2, 0.1), strict=True)]
+    found = results(made, cells, rows)
+    assert [r.rank for r in found] == [2, 1, 1, 2]
+    assert [r.name for r in ranked(found)] == ["easy, b", "easy, a", "hard, a", "hard, b"]
+    said = study_report.summary(found, [])
+    assert "easy, b is first with accuracy 0.900, and easy, a is last with 0.800" in said
+    assert "hard, a is first with accuracy 0.200, and hard, b is last with 0.100" in said and "The best" not in said
 
 
 def test_where_less_is_better_the_least_validation_is_chosen_and_the_least_test_is_first():

@@ -48,6 +48,7 @@ def study(trials: Mapping[str, Trial], layers: Mapping = LAYERS) -> Study:
         base=base,
         axes=(of_experiments("task", tasks), axis("memory", "model.stages.0.pattern.1", layers)),
         versus="task",
+        within="task",
         seeds=2,
     )
 

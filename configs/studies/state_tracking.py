@@ -35,6 +35,7 @@ def study(*names: str, layers: dict[str, LayerConfig] = LAYERS) -> Study:
         base=base,
         axes=(of_experiments("task", tasks), axis("layer", "model.stages.0.pattern.0", layers)),
         versus="task",
+        within="task",
     )
 
 
