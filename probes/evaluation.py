@@ -15,7 +15,7 @@ from training.data import NOT_ASKED, Batch
 # A batch, and the most labels that its rows have -> (likeliest word, nats of the label) at every place [B, T], or at
 # the labelled ones first, in their order [B, Q].
 Answer = Callable[[Batch, int | None], tuple[npt.ArrayLike, npt.ArrayLike]]
-TOKENS = 1 << 15  # read at once: rows of a batch are as many as that allows
+TOKENS, ROWS = 1 << 15, 128  # read at once, at most: rows of one length, of whatever law, share a compiled program
 BINS = 8  # of what has many values
 
 
@@ -72,20 +72,26 @@ def slices(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [{name: said[name] for name in names if name in said} for said in every]
 
 
-def evaluate(answer: Answer, parts: Sequence[Part], seed: int | None = None) -> list[Score]:
-    """Asks the test rows of each part, or those of a seed (to validate on)."""
-    return [_evaluate(answer, part, slice, seed) for part, slice in zip(parts, slices(parts), strict=True)]
+def evaluate(
+    answer: Answer, parts: Sequence[Part], seed: int | None = None, *, labelled: int | None = None
+) -> list[Score]:
+    """Asks the test rows of each part, or those of a seed (to validate on).
+
+    labelled: the most labels of a row, which programs are compiled for; None for those of these parts.
+    """
+    labelled = labelled or max(part.task.asked for part in parts)
+    return [_evaluate(answer, part, slice, seed, labelled) for part, slice in zip(parts, slices(parts), strict=True)]
 
 
-def _evaluate(answer: Answer, part: Part, slice: dict[str, Any], seed: int | None) -> Score:
+def _evaluate(answer: Answer, part: Part, slice: dict[str, Any], seed: int | None, labelled: int) -> Score:
     task = part.task
     seed = task.test_seed() if seed is None else seed
-    B = max(1, min(part.rows, TOKENS // task.length))
+    B = max(1, min(part.rows, ROWS, TOKENS // task.length))
     found: list[dict[str, npt.NDArray[Any]]] = []
     for first in range(0, part.rows, B):
         index_B = np.arange(first, first + B)  # the last batch is as large as the others: no program of its own
         rows = task.rows(seed, index_B)
-        said = answer(task.padded(rows, task.length, index_B < part.rows), task.asked)
+        said = answer(task.padded(rows, task.length, index_B < part.rows), labelled)
         best, nats = (at_questions(np.asarray(x), rows.labels_NT) for x in said)
         label = at_questions(rows.labels_NT, rows.labels_NT)
         right = best == label

@@ -41,16 +41,16 @@ class ByQuestions:
 
     def __init__(self, data: ProbeData):
         config = data.config
-        self._tests = config.test
+        self._tests, self._labelled = config.test, data.labelled
         laws = list(dict.fromkeys(part.task for part in config.train))
         self._validation = [(Part(law, VALIDATION), draws.fold(law.test_seed(), 1)) for law in laws]
 
     def validate(self, answers: Answer) -> float:
-        scores = [evaluate(answers, [part], seed)[0] for part, seed in self._validation]
+        scores = [evaluate(answers, [part], seed, labelled=self._labelled)[0] for part, seed in self._validation]
         return mean_accuracy(scores)
 
     def test(self, answers: Answer) -> Said:
-        scores = evaluate(answers, self._tests)
+        scores = evaluate(answers, self._tests, labelled=self._labelled)
         return Said(mean_accuracy(scores), [score.json() for score in scores])
 
 

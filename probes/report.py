@@ -141,17 +141,26 @@ def _most_telling(rows: list[Row], models: list[str]) -> int | None:
 
 
 def _by_question(probe: str, rows: list[Row], models: list[str], which: int):
-    by = rows[0]["scores"][which]["by"]
-    names = [name for name in PANELS if len(by.get(name, ())) > 1]
-    panels = {name: [_range(b) for b in by[name]] for name in names}
+    """Rows of a ledger may have bins of their own: all are shown in the fewest."""
+    every = [row["scores"][which]["by"] for row in rows]
+    names = [name for name in PANELS if all(len(by.get(name, ())) > 1 for by in every)]
+    bins = {name: min((by[name] for by in every), key=len) for name in names}
+    panels = {name: [_range(b) for b in bins[name]] for name in names}
     values = {
-        m: {
-            n: cells([[b["accuracy"] for b in r["scores"][which]["by"][n]] for r in rows if r["model"] == m])
-            for n in names
-        }
+        m: {n: cells([_within(r["scores"][which]["by"][n], bins[n]) for r in rows if r["model"] == m]) for n in names}
         for m in models
     }
     return matrix(f"{probe}, {named(rows[0]['scores'][which]['slice'])}", panels, values)
+
+
+def _within(fine: list[dict[str, Any]], bins: list[dict[str, Any]]) -> list[float | None]:
+    """Accuracy in bins, of finer ones that lie within them; None where none does."""
+    out: list[float | None] = []
+    for b in bins:
+        mine = [f for f in fine if b["low"] <= f["low"] and f["high"] <= b["high"]]
+        asked = sum(f["questions"] for f in mine)
+        out.append(sum(f["accuracy"] * f["questions"] for f in mine) / asked if asked else None)
+    return out
 
 
 def _range(b: dict[str, Any]) -> str:

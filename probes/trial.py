@@ -135,11 +135,11 @@ def _one(attempt: Attempt, made: SmallRun, seed: int, console: Console) -> dict[
         before = time.process_time(), time.perf_counter()
         for done, params, loss in made.train(seed, every):
             cpu, wall = cpu + time.process_time() - before[0], wall + time.perf_counter() - before[1]
-            (score,) = evaluate(made.answers(params), [watched], aside)
+            (score,) = evaluate(made.answers(params), [watched], aside, labelled=made.data.labelled)
             curve.append((done, loss, score.accuracy, cpu))
             progress.update(bar, completed=done, description=f"{title}: {score.accuracy:.3f}")
             before = time.process_time(), time.perf_counter()
-    scores = evaluate(made.answers(params), test)
+    scores = evaluate(made.answers(params), test, labelled=made.data.labelled)
     reached = next(((step, spent) for step, _, right, spent in curve if right >= trial.goal), (None, None))
     tokens = trial.data.T * trial.data.B
     return {

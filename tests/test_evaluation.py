@@ -121,7 +121,7 @@ def test_figures(tmp_path):
 
 
 def test_names_are_moved_apart():
-    heights = figures._apart([1.0, 0.5, 1.0, 0.98, 0.0], least=0.1, low=0.0, high=1.0)
+    heights = figures.apart([1.0, 0.5, 1.0, 0.98, 0.0], least=0.1, low=0.0, high=1.0)
     assert max(heights) <= 1 and min(heights) == 0 and heights[1] == 0.5
     assert min(np.diff(np.sort(heights))) > 0.1 - 1e-9
     assert heights[3] < heights[0] < heights[2] or heights[3] < heights[2] < heights[0]

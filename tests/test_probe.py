@@ -10,7 +10,7 @@ import tiny
 import probe
 from layers.layer import Tokens
 from models.lm import LM, Stage
-from probes import asking, matrix, text, trial
+from probes import asking, matrix, report, text, trial
 from probes.bottleneck import Bottleneck
 from probes.small_runs import Ledger
 from probes.tasks.task import discover
@@ -61,6 +61,21 @@ def test_what_is_wrong_is_said_in_a_line(capsys, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_of_finer_bins_are_shown_in_the_fewest():
+    """Rows of an older version told questions apart more finely."""
+
+    def bins(*edges, right):
+        return [
+            {"low": low, "high": high, "questions": 10 * (1 + n), "accuracy": share}
+            for n, ((low, high), share) in enumerate(zip(edges, right, strict=True))
+        ]
+
+    coarse = bins((0, 1), (2, 3), (5, 5), right=(0.1, 0.2, 0.3))
+    fine = bins((0, 0), (1, 1), (2, 2), right=(1.0, 0.25, 0.5))
+    assert report._within(coarse, coarse) == pytest.approx([0.1, 0.2, 0.3])
+    assert report._within(fine, coarse) == [pytest.approx((10 * 1.0 + 20 * 0.25) / 30), 0.5, None]
+
+
 def test_small_models_are_trained_asked_and_reported(capsys, tmp_path, monkeypatch):
     """Two layers, one of them changed; the same command again trains nothing and writes the same report."""
     code, out, _ = ask(capsys, "LinearAttention", *SMOKE, "--layer.H", 2, "--D", 16, "--folder", tmp_path)
@@ -75,8 +90,8 @@ def test_small_models_are_trained_asked_and_reported(capsys, tmp_path, monkeypat
     # Each of 2 heads: a state of 8 x 8 and a normaliser of 8; a tail of 2 tokens of the convolution before it.
     assert row["state_bytes"] == {"32": 4 * (2 * (8 * 8 + 8) + 2 * 16)}
     assert row["command"].startswith("python probe.py LinearAttention --probes mqar@smoke")
-    report = (tmp_path / "report.md").read_text()
-    assert "| LinearAttention H=2 |" in report and row["command"] in report and "*plateau*" in report
+    said = (tmp_path / "report.md").read_text()
+    assert "| LinearAttention H=2 |" in said and row["command"] in said and "*plateau*" in said
     pictures = {path.name for path in tmp_path.iterdir()} - {"probe.jsonl", "report.md"}
     assert pictures == {
         f"mqar-smoke{by}{dark}.{kind}" for by in ("", "-by") for dark in ("", "-dark") for kind in ("png", "svg")
@@ -85,7 +100,7 @@ def test_small_models_are_trained_asked_and_reported(capsys, tmp_path, monkeypat
     assert all(f">{name}<" in svg for name in ("distance", "pair", "slot", "LinearAttention H=2"))
     monkeypatch.setattr(trial, "SmallRun", None)
     code, again, _ = ask(capsys, "LinearAttention", *SMOKE, "--layer.H", 2, "--D", 16, "--folder", tmp_path)
-    assert code == 0 and "seed 0" not in again and (tmp_path / "report.md").read_text() == report
+    assert code == 0 and "seed 0" not in again and (tmp_path / "report.md").read_text() == said
 
 
 def test_a_row_that_was_cut_short_is_done_again(capsys, tmp_path):
@@ -160,12 +175,12 @@ def test_a_trained_model_is_asked_in_text(run, capsys, tmp_path, monkeypatch):
         assert row["step"] == 4 and row["rows"] == 8 and 0 <= row["accuracy"] <= 1 and row["nats"] > 0
         assert row["trained_length"] == 16 and len(row["by_depth"]) == (8 if row["probe"] == "passkey" else 1)
     assert len({row["state_bytes"] for row in rows}) == len({row["temporary_bytes"] for row in rows}) == 1  # bounded
-    report = (tmp_path / "report.md").read_text()
-    assert "| passkey | 500 |" in report and "nats saved" in report
+    said = (tmp_path / "report.md").read_text()
+    assert "| passkey | 500 |" in said and "nats saved" in said
     assert {"lengths-dark.svg", "depths.png"} <= {path.name for path in tmp_path.iterdir()}
     monkeypatch.setattr(text, "FORMS", {**text.FORMS, "passkey": None, "read_twice": None})
     code, again, _ = ask(capsys, run, *flags, "--probes", "passkey", "read_twice")
-    assert code == 0 and "passkey, 256" not in again and (tmp_path / "report.md").read_text() == report
+    assert code == 0 and "passkey, 256" not in again and (tmp_path / "report.md").read_text() == said
     code, out, _ = ask(
         capsys, run, "--lengths", 256, "--rows", 8, "--twice", "--folder", tmp_path, "--probes", "needle"
     )
