@@ -21,6 +21,7 @@ from tpu.capture import standard_error
 from tpu.compile import main
 from tpu.floor import floor
 from tpu.report import duration, fits, show, size
+from tpu.results import page
 from training.data import Text
 from training.experiment import Mesh
 from training.layout import build_layout
@@ -323,6 +324,7 @@ SMALL = '''"""A small model."""
 from layers.gated_deltanet import GatedDeltaNet
 from layers.mlp import MLP
 from models.lm import LM, Stage
+from tpu.results import page
 from training.data import Text
 from training.experiment import AdamW, Experiment
 
@@ -366,6 +368,12 @@ with standard_error() as said:
     jax.jit(turn).lower(jax.ShapeDtypeStruct((64, 128), np.float32)).compile()
 print(said.text.count(REMATERIALISED))
 """
+
+
+def test_the_page_of_results_is_made_from_its_reports():
+    folder = ROOT / "results" / "aot"
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    assert reports and (folder / "README.md").read_text() == page(reports) + "\n"
 
 
 def test_every_golden_report_has_its_case():
