@@ -13,6 +13,9 @@ HEAD = """# Compiled for pods that were not there
 By `tpu.compile`, from shapes alone, on CPUs; [tpu/README.md](../../tpu/README.md) says what the figures mean. No step
 was run: a floor is what the vendor's figures allow at best, and no forecast. This page is made by
 `python -m tpu.results results/aot`; the reports beside it are whole.
+
+Under `fsdp`, Lizard and B'MOJO send far more than their parameters and gradients: XLA sums activations over `data`,
+where gathering the weights of a layer would do. On fake CPU devices, too, Lizard's bytes grow with the batch.
 """
 
 
