@@ -16,7 +16,7 @@ LOCKS := requirements.lock $(patsubst %,requirements-%.lock,$(filter $(ACCELERAT
 LEFT := $(filter-out $(ACCELERATOR),$(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu lint bench bench-peers lock clean FORCE
+.PHONY: help env train test test-slow test-gpu test-aot lint bench bench-peers lock clean FORCE
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [ACCELERATOR=cpu|cuda|tpu]"
@@ -32,10 +32,13 @@ test: lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest
 
 test-slow: env  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -m "slow and not gpu and not aot" --timeout 1800
 
 test-gpu: env  ## the tests that need a GPU (after ACCELERATOR=cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -n 0 -m gpu --timeout 1800
+
+test-aot: env  ## compile for TPUs that are not there (after ACCELERATOR=tpu; needs no TPU)
+	$(BIN)/python -m pytest -n 0 -m aot --timeout 1800
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check

@@ -72,3 +72,35 @@ def read(name: str) -> Slice:
     chips = sizes[int(match[2])]
     hosts = 1 if chips <= generation.largest else chips // CHIPS_OF_A_HOST
     return Slice(name, generation, chips, hosts, generation.topologies[chips])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do at most, by its vendor, and how libtpu names it.
+
+    flops: dense bfloat16 operations a second. memory: bytes a second, of HBM. interconnect: bytes a second that a chip
+    sends to its neighbours, over all of its links: half of what is called bidirectional.
+    usable: GiB of HBM that libtpu gives to a program, of one device.
+    dimensions: of its topologies: a square grid, or a cube.
+    devices: that JAX sees of a chip; each has its share of all above but `usable`.
+    options: of libtpu, for one device where a chip can be one.
+    """
+
+    flops: float
+    memory: float
+    interconnect: float
+    usable: float
+    dimensions: int
+    devices: int = 1
+    options: tuple[tuple[str, str], ...] = ()
+
+
+# Google's pages on the architecture of each generation (cloud.google.com/tpu/docs/v5e and so on), as of 2026. The links
+# of v4, six of 50 GB/s, are from its paper (arXiv 2304.01433). What is usable was asked of libtpu 0.0.42.1.
+CHIPS = {
+    "v4": Chip(275e12, 1200e9, 300e9, 30.75, 3, options=(("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 819e9, 200e9, 15.75, 2),
+    "v5p": Chip(459e12, 2765e9, 600e9, 95.74, 3),
+    "v6e": Chip(918e12, 1640e9, 400e9, 31.25, 2),
+    "tpu7x": Chip(2307e12, 7380e9, 600e9, 94.75, 3, devices=2),
+}

@@ -54,6 +54,11 @@ class DataConfig:
     def build(self) -> "Dataset":
         raise NotImplementedError
 
+    def outline(self, words: int) -> "Dataset":
+        """What a program is built from: words, token_bytes, labelled and prefix, without batches. Reads no file, so
+        that there need be none. words: of the vocabulary, where only a file would say."""
+        return self.build()
+
 
 class Dataset:
     """Where batches come from. A subclass sets the attributes and defines `batch` and `held_out`.
@@ -147,6 +152,11 @@ class Text(DataConfig):
         from training.store import prepare
 
         return TextDataset(self, prepare(self))
+
+    def outline(self, words: int) -> Dataset:
+        data = Dataset()
+        data.words, data.token_bytes = words, np.ones(words, np.int32)
+        return data
 
 
 class TextDataset(Dataset):

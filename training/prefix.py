@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from training.data import NOT_ASKED, Batch, DataError, Text, TextDataset
+from training.data import NOT_ASKED, Batch, DataError, Dataset, Text, TextDataset
 from training.store import prepare
 
 
@@ -33,6 +33,11 @@ class PrefixText(Text):
 
     def build(self) -> "PrefixTextDataset":
         return PrefixTextDataset(self)
+
+    def outline(self, words: int) -> Dataset:
+        data = super().outline(words)
+        data.prefix = self.prefix
+        return data
 
 
 class PrefixTextDataset(TextDataset):

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.markup import escape
 
@@ -36,8 +35,9 @@ from training.heap import keep_heap
 from training.layout import Layout, build_layout
 from training.lock import RunLock
 from training.log import METRICS, Log, NoLog, Progress
-from training.optimizer import build_optimizer, learning_rate
-from training.step import eval_step, init_state, shown, train_step
+from training.optimizer import learning_rate
+from training.program import build_model, build_program
+from training.step import shown
 from training.stop import Stop
 from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes
 
@@ -92,41 +92,20 @@ def prepare(experiment: Experiment) -> Job:
     if jax.default_backend() == "cpu":
         keep_heap()
     layout = build_layout(experiment.mesh, experiment.data.B)
-    # The key is made of threefry whatever the backend, and partitionable: one initialisation on every mesh.
-    key = jax.random.key(experiment.train.seed, impl="threefry2x32")
-    build = functools.partial(_build, experiment)
-    model = jax.eval_shape(build, key)
-    _, structure = flatten(model)
-    train = experiment.train
-    optimizer = build_optimizer(experiment.optimizer, train.steps, train.clip, structure.specs)
-
-    def init(key: jax.Array) -> Any:
-        return init_state(experiment, flatten(build(key))[0], optimizer)
-
-    abstract = jax.eval_shape(init, key)
-    shardings = layout.like(abstract, structure.specs)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    laid_out = structure._replace(spread=layout.spread(structure.specs))
-    step = train_step(experiment, laid_out, optimizer, dataset.token_bytes, dataset.labelled)
-    if optimizer.lazy is not None:  # only a step knows whether the layers say which rows they read
-        jax.eval_shape(step, state, dataset.batch(0, 0))
+    program = build_program(experiment, dataset, layout)
     return Job(
         experiment,
         dataset,
         layout,
-        model,
-        structure,
-        state,
+        program.model,
+        program.structure,
+        program.state,
         layout.share(experiment.data.B),
         layout.feed(experiment.data.B),
-        init=functools.partial(jax.jit(init, out_shardings=shardings), key),
-        step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
-        evaluate=jax.jit(eval_step(laid_out, dataset.token_bytes, dataset.labelled), out_shardings=layout.replicated),
+        program.init,
+        program.step,
+        program.evaluate,
     )
-
-
-def _build(experiment: Experiment, key: jax.Array) -> LanguageModel:
-    return experiment.model.build(rngs=nnx.Rngs(params=key))
 
 
 def flatten_state(state: Any) -> dict[str, dict[str, Any]]:
@@ -154,7 +133,7 @@ def load_model(run: Path | str, step: int | None = None) -> tuple[LanguageModel,
     """The model of a run's newest whole checkpoint (or of the given step), its experiment and its data."""
     run = Path(run)
     experiment = settings.load(settings.locate(str(run)))
-    model = jax.eval_shape(functools.partial(_build, experiment), jax.random.key(0))
+    model = jax.eval_shape(functools.partial(build_model, experiment), jax.random.key(0))
     params, structure = flatten(model)
     asked = {"params": params}
     if experiment.train.ema is not None:
