@@ -1,4 +1,4 @@
-"""Pictures that compare models however many there are: numbers in cells, and accuracy beside bytes of state.
+"""Pictures that compare models however many there are: numbers in cells.
 
 Each is drawn for a light page and for a dark one (NAME-dark), as PNG and as SVG.
 """
@@ -11,10 +11,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.figures import COLOURS, FAINT, MARKERS, STYLE
+from probes.figures import STYLE
 
 DARK: Any = {
     "text.color": "#e6e6e6",
@@ -112,50 +111,6 @@ def _said(mean: float, spread: float) -> str:
 def _short(x: float) -> str:
     """Two digits, and 1 only for all: .99 is not everything."""
     return "1" if x == 1 else f"{min(x, 0.994):.2f}"[1:] if x < 1 else f"{x:.2f}"
-
-
-def frontier(title: str, points: Mapping[str, tuple[float, Sequence[float]]], chance: float) -> Draw:
-    """Accuracy beside bytes of state: by model its bytes, and the accuracy of each seed."""
-
-    def draw(dark: bool) -> Figure:
-        figure = Figure(figsize=(7.4, 4.4), layout="constrained")
-        axes: Axes = figure.add_subplot()
-        at = sorted((size, float(np.mean(hits)), name) for name, (size, hits) in points.items())
-        for number, (size, mean, name) in enumerate(at):
-            hits = points[name][1]
-            colour = COLOURS[number % (len(COLOURS) - 1)]
-            low, high = mean - min(hits), max(hits) - mean
-            axes.errorbar(
-                [size], [mean], [[low], [high]], color=colour, marker=MARKERS[number % len(MARKERS)], capsize=2, ms=6
-            )
-        axes.set_xscale("log")
-        axes.set_ylim(0, 1.03)
-        axes.axhline(chance, ls=":", lw=1, color=FAINT)
-        axes.set_xlabel("bytes of state, one sequence (dotted: chance)")
-        axes.set_ylabel("accuracy")
-        _labels(axes, at)
-        axes.set_title(title)
-        return figure
-
-    return draw
-
-
-def _labels(axes: Axes, at: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside points: right of them, or moved up and down where two would touch."""
-    taken: list[tuple[float, float]] = []
-    low, high = np.log10(min(x for x, *_ in at)), np.log10(max(x for x, *_ in at))
-    span = max(high - low, 0.5)
-    axes.set_xlim(10 ** (low - 0.06 * span), 10 ** (high + 0.32 * span))
-    for size, mean, name in sorted(at, key=lambda point: -point[1]):  # names give way downwards
-        x = (np.log10(size) - low) / span
-        y = mean
-        while any(abs(x - a) < 0.26 and abs(y - b) < 0.042 for a, b in taken):
-            y -= 0.042
-        taken.append((x, y))
-        axes.annotate(
-            name, (size, mean), xytext=(10 ** (np.log10(size) + 0.02 * span), y), textcoords="data", fontsize=7.5,
-            va="center", arrowprops=None if abs(y - mean) < 0.02 else {"arrowstyle": "-", "lw": 0.5, "color": FAINT},
-        )  # fmt: skip
 
 
 def cells(seeds: Sequence[Sequence[float | None]]) -> list[Cell]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from probes.charts import At
 from probes.evaluation import named
-from probes.matrix import both, cells, frontier, matrix, picture
+from probes.matrix import both, cells, matrix, picture
+from probes.scatter import scatter
 from probes.tasks import task
 
 Row = dict[str, Any]
@@ -57,11 +59,12 @@ def _section(probe: str, rows: list[Row], folder: Path) -> list[str]:
         lines += [f"By what is known of each question ({said}):", "", picture(f"{stem}-by", f"{probe}: {said}"), ""]
     if len(models) > 2:
         longest = max(int(T) for T in first["state_bytes"])
-        points = {m: (_bytes(rows, m, longest), [r["accuracy"] for r in rows if r["model"] == m]) for m in models}
-        if all(size for size, _ in points.values()):
+        hits = {m: [r["accuracy"] for r in rows if r["model"] == m] for m in models}
+        points = {m: [At(_bytes(rows, m, longest), float(np.mean(h)), min(h), max(h))] for m, h in hits.items()}
+        if all(line[0].x for line in points.values()):
             chance = float(np.mean([score["chance"] for score in first["scores"]]))
-            title = f"{probe}: mean accuracy and state, made for {longest:,} tokens"
-            both(frontier(title, points, chance), folder / f"{stem}-state")
+            title, x = f"{probe}: mean accuracy and state", f"bytes of state, made for {longest:,} tokens"
+            both(scatter(title, points, {}, x, "accuracy", share=True, guess=chance), folder / f"{stem}-state")
             lines += [picture(f"{stem}-state", f"{probe}: accuracy beside bytes of state"), ""]
     return lines
 
