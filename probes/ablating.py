@@ -17,22 +17,28 @@ from training.settings import ROOT, ConfigError
 
 
 def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
-    """Returns the report's path; None after a dry run, or where nothing is known yet."""
+    """Returns the report's path; None after a dry run. ConfigError where nothing is known yet."""
     study, title = find(name)
     options = parse(Options(), flags, program=f"python ablate.py {name}")
     study = changed(study, options)
     folder = options.folder or ROOT / "results" / title
-    console = Console()
     cells = prepare(study)
-    work = Work(study, title, cells, opened(folder / LEDGER), folder, f"{command}{_flags(options)}", console)
-    console.print(_table(work))
+
+    def opened_with(writable: bool) -> Work:
+        ledger = opened(folder / LEDGER, writable=writable)
+        work = Work(study, title, cells, ledger, folder, f"{command}{_flags(options)}", Console())
+        work.console.print(_table(work))
+        return work
+
     if options.dry_run:
+        opened_with(writable=False)
         return None
     with RunLock(folder):
+        work = opened_with(writable=True)
         run(work, options.only)
-    if not any(row["digest"] == resolved.digest for resolved in cells for row in work.ledger.rows):
-        raise ConfigError("nothing of this study is known yet, so there is nothing to report")
-    return study_report.write(study, title, cells, work.ledger.rows, folder)
+        if not any(row["digest"] == resolved.digest for resolved in cells for row in work.ledger.rows):
+            raise ConfigError("nothing of this study is known yet, so there is nothing to report")
+        return study_report.write(study, title, cells, work.ledger.rows, folder)
 
 
 def _flags(options: Options) -> str:

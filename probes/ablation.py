@@ -82,9 +82,12 @@ def prepare(study: Study) -> list[Resolved]:
     return cells
 
 
-def opened(path: Path) -> Ledger:
-    """A study's ledger, without the arms of a program whose writing was cut short: they are done again, together."""
-    ledger = Ledger(path)
+def opened(path: Path, *, writable: bool = True) -> Ledger:
+    """A study's ledger, without the arms of a program whose writing was cut short: they are done again, together.
+
+    Whoever writes holds the folder's lock first: another's program may be half written.
+    """
+    ledger = Ledger(path, writable=writable)
     whole = collections.Counter((row["digest"], row["group"]) for row in ledger.rows)
     ledger.drop(lambda row: whole[row["digest"], row["group"]] < row["program"])
     return ledger

@@ -86,12 +86,13 @@ class Ledger:
     """Rows in a file of JSON lines: what is in it is not done again.
 
     A last line that was cut short, by a kill or a full disk, is taken away and its row done again. DataError for any
-    other that is no JSON.
+    other that is no JSON. writable: False for a look at a file that another program may be writing; nothing is changed.
     """
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.rows = path, []
+    def __init__(self, path: Path, *, writable: bool = True):
+        if writable:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.rows, self._writable = path, [], writable
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -101,9 +102,10 @@ class Ledger:
                     raise DataError(
                         f"{path}, line {number}: no row of JSON ({error.msg}); take the line away"
                     ) from error
-                path.write_text("".join(lines[:-1]))
+                if writable:
+                    path.write_text("".join(lines[:-1]))
             else:
-                if not line.endswith("\n"):  # cut between a row and its end
+                if writable and not line.endswith("\n"):  # cut between a row and its end
                     path.write_text("".join(lines) + "\n")
 
     def has(self, **key: Any) -> bool:
@@ -117,10 +119,10 @@ class Ledger:
             file.write("".join(json.dumps(r) + "\n" for r in every))
 
     def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Takes rows away; the file is replaced whole."""
+        """Takes rows away; the file, where it may be written, is replaced whole."""
         kept = [row for row in self.rows if not unwanted(row)]
-        if len(kept) < len(self.rows):
-            self.rows = kept
+        before, self.rows = self.rows, kept
+        if self._writable and len(kept) < len(before):
             aside = self.path.with_name(f"{self.path.name}.new")
             aside.write_text("".join(json.dumps(r) + "\n" for r in kept))
             aside.replace(self.path)

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+import ablate
 from layers.attention import Attention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.linear import LinearAttention
@@ -31,6 +32,7 @@ from probes.tasks.recall import MQAR
 from probes.tasks.task import Part, Probe
 from training.data import Text
 from training.experiment import AdamW, Experiment, Schedule, Train
+from training.lock import RunLock
 from training.settings import ConfigError, execute, replaced
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +237,29 @@ def test_a_program_whose_rows_were_cut_short_is_done_again(finished, tmp_path):
     mine = work(tmp_path)
     assert len(mine.ledger.rows) == 4 and len((tmp_path / LEDGER).read_text().splitlines()) == 4
     assert run(mine) == 4 and numbers(mine.ledger.rows) == finished
+
+
+def test_a_look_at_a_study_changes_nothing(finished, tmp_path, capsys):
+    """Another program may be writing there: a dry run neither mends its ledger nor makes a folder."""
+    lines = [json.dumps(row) + "\n" for row in finished]
+    path = tmp_path / LEDGER
+    path.write_text("".join(lines[:6]) + lines[6][:100])
+    before = path.read_bytes()
+    assert len(opened(path, writable=False).rows) == 4 and path.read_bytes() == before
+    absent = tmp_path / "absent"
+    assert ablate.main(["memory_layers_smoke", "--dry-run", "--folder", str(absent)]) == 0
+    assert "4 of 4" in capsys.readouterr().out and not absent.exists()
+
+
+def test_a_study_under_way_is_not_touched_by_another(finished, tmp_path, capsys):
+    """The second one reads nothing before it has the lock."""
+    path = tmp_path / LEDGER
+    path.write_text(json.dumps(finished[0]) + "\n")  # of a program of four
+    before = path.read_bytes()
+    with RunLock(tmp_path):
+        assert ablate.main(["memory_layers_smoke", "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is in use by process" in error and error.count("\n") == 1 and path.read_bytes() == before
 
 
 def test_arms_of_few_at_a_time_are_the_same(finished, tmp_path):

@@ -43,7 +43,7 @@ class RunLock:
                 if holder and (seen := self._alive(holder)):
                     raise CheckpointError(
                         f"{self.path.parent} is in use by process {holder['pid']} on {holder['host']} ({seen}); "
-                        "stop it first, or choose another --run"
+                        "stop it first, or choose another folder"
                     )
                 if holder:
                     logger.warning(
