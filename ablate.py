@@ -4,6 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from training.door import enter, failed
+
 USAGE = """usage: python ablate.py STUDY[@TIER]  [--only CELL ...] [--seeds N] [--folder FOLDER] [--dry-run] ...
        python ablate.py RUN           [--parts layers tables writes window] [--batches N] [--step N] [--folder FOLDER]
 
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE + "\nstudies:\n" + "\n".join(f"  {n:24}{describe(path)}" for n, path in study_files().items()))
         return 0
     if arguments[0].startswith("-"):
-        return _fail(f"the first argument is a study or a run, not {arguments[0]!r}: see python ablate.py --help")
+        return failed(f"the first argument is a study or a run, not {arguments[0]!r}: see python ablate.py --help")
 
     from probes.ablation import Stopped
     from training.checkpoint import CheckpointError, reason
@@ -49,22 +51,13 @@ def main(arguments: list[str]) -> int:
         print(f"{signal}: what was done is kept, and the same command goes on", file=sys.stderr)
         return 130
     except (ConfigError, DataError, CheckpointError) as error:
-        return _fail(error)
+        return failed(error)
     except OSError as error:
-        return _fail(reason(error))
+        return failed(reason(error))
     if written is not None:
         print(f"written: {written}")
     return 0
 
 
-def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was done is kept, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    enter(main, "; what was done is kept, and the same command goes on")

@@ -1,8 +1,9 @@
 """Asks models what they recall: python probe.py GatedDeltaNet --probes mqar. `python probe.py --help` lists all."""
 
 import shlex
-import sys
 from pathlib import Path
+
+from training.door import enter, failed
 
 USAGE = """usage: python probe.py RUN                [--probes NAME ...] [--lengths T ...] [--rows N] ...
        python probe.py CONFIG|LAYER ...   [--probes NAME ...] [--seeds N] [--steps N] [--folder FOLDER] ...
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     names = arguments[: next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))]
     flags = arguments[len(names) :]
     if not names:
-        return _fail(
+        return failed(
             f"the first argument is a run, a config or a layer, not {arguments[0]!r}: see python probe.py --help"
         )
 
@@ -40,26 +41,17 @@ def main(arguments: list[str]) -> int:
     try:
         if (Path(names[0]) / "config.py").is_file():
             if len(names) > 1:
-                return _fail(f"one run at a time: leave out {' '.join(names[1:])}")
+                return failed(f"one run at a time: leave out {' '.join(names[1:])}")
             report = ask_run(Path(names[0]), flags, command)
         else:
             report = ask_small(names, flags, command)
     except (ConfigError, DataError, CheckpointError) as error:
-        return _fail(error)
+        return failed(error)
     except OSError as error:
-        return _fail(reason(error))
+        return failed(reason(error))
     print(f"written: {report}")
     return 0
 
 
-def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was done is kept, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    enter(main, "; what was done is kept, and the same command goes on")

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from training.door import enter, failed
+
 
 def _overview() -> str:
     from training.settings import config_files, describe
@@ -26,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if arguments[0].startswith("-"):
-        return _fail(f"the first argument is a config, not {arguments[0]!r}: see python train.py --help")
+        return failed(f"the first argument is a config, not {arguments[0]!r}: see python train.py --help")
     from training.settings import ConfigError, load, locate
 
     try:
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
         path = locate(name)
         experiment = load(path, size)
     except ConfigError as error:
-        return _fail(error)
+        return failed(error)
 
     from probes.after import look
     from training import processes
@@ -66,14 +68,5 @@ def main(arguments: list[str]) -> int:
     return processes.finish({"stopped": 128 + outcome.get("signal", 0), "diverged": 1}.get(outcome["status"], 0))
 
 
-def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # while nothing was being trained: there is nothing to save
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    enter(main, "")  # while nothing was being trained: there is nothing to save

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from tpu import topology as topologies
+from training.door import enter, failed
 from training.flags import parse
 from training.settings import ConfigError, load, locate
 
@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
     try:
         return compile_for(arguments)
     except ConfigError as error:
-        return _fail(error)
+        return failed(error)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}")
+        return failed(f"{error.filename}: {error.strerror}")
 
 
 def compile_for(arguments: list[str]) -> int:
@@ -77,7 +77,7 @@ def compile_for(arguments: list[str]) -> int:
     try:
         found = compile_step(options.experiment, devices, asked.chip)
     except DoesNotFit as error:
-        return _fail(f"{name} on {asked.name}: {error}", 1)
+        return failed(f"{name} on {asked.name}: {error}", 1)
     report = {"config": name, "topology": asked.name, "slices": asked.slices, "flags": _flags(rest), **found}
     show(Console(soft_wrap=True), report)
     if options.json is not None:
@@ -97,14 +97,5 @@ def _flags(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _fail(error: object, status: int = 2) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    enter(main, "")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tpu.gke import gke
 from tpu.options import TARGETS, check_config, check_flags, default_folder
 from tpu.plan import LaunchError, Plan
 from tpu.slurm import slurm
+from training.door import enter, failed
 from training.flags import parse
 from training.settings import ConfigError
 
@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
     try:
         return launch(arguments)
     except ConfigError as error:
-        return _fail(error)
+        return failed(error)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}")
+        return failed(f"{error.filename}: {error.strerror}")
 
 
 def launch(arguments: list[str]) -> int:
@@ -89,18 +89,9 @@ def launch(arguments: list[str]) -> int:
     try:
         plan.perform()
     except LaunchError as error:
-        return _fail(error, 1)
+        return failed(error, 1)
     return 0
 
 
-def _fail(error: object, status: int = 2) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was created stays until --action delete", file=sys.stderr)
-        sys.exit(130)
+    enter(main, "; what was created stays until --action delete")

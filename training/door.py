@@ -1,0 +1,20 @@
+"""What the commands' doors have in common: an error is a line on standard error, and so is an interruption."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+def failed(error: object, status: int = 2) -> int:
+    """Says an error; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def enter(main: Callable[[list[str]], int], interrupted: str) -> NoReturn:
+    """Calls a door's `main` with the command line. interrupted: what is said, after that word, at Ctrl-C."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{interrupted}", file=sys.stderr)
+        sys.exit(130)
