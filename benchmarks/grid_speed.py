@@ -109,7 +109,9 @@ def main() -> None:
     both(drawn(rows), options.folder / "grid")
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     shown = picture("grid", "arm-steps a second by arms in a program")
-    text = f"# Arms together\n\n{shown}\n\n{table(rows)}\n\n{device}\n"
+    arms = " ".join(map(str, options.arms))
+    command = f"`python -m benchmarks.grid_speed --arms {arms} --steps {options.steps}`"
+    text = f"# Arms together\n\n{shown}\n\n{table(rows)}\n\n{command}, {device}\n"
     (options.folder / "grid.md").write_text(text)
 
 
