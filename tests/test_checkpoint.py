@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from training import lock
 from training.checkpoint import ARRAYS, META, SUMS, CheckpointError, Checkpoints
+from training.hush import hush
 from training.lock import RunLock
 
 ROOT = Path(__file__).parents[1]
@@ -322,6 +324,19 @@ def test_only_failed_writes_of_orbax_go_untold(folder, caplog, of, logged):
     assert sum("never retrieved" in record.getMessage() for record in caplog.records) == logged
 
 
+@pytest.mark.parametrize("name, told", [("async_serialize_from_host.<locals>.write_fragment", 0), ("training_step", 1)])
+def test_only_writes_of_orbax_that_never_began_go_untold(name, told):
+    async def begun() -> None: ...
+
+    begun.__qualname__ = name
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hush()
+        begun()
+        gc.collect()
+    assert len(caught) == told
+
+
 def test_a_disk_too_small_is_known_before_writing(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 100))
     with Checkpoints(folder) as checkpoints:
@@ -382,6 +397,7 @@ def test_kill_in_the_middle_of_saving(tmp_path, trial):
 
 _HOLDER = """
 import sys, time
+from training.hush import hush
 from training.lock import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)

@@ -3,8 +3,11 @@
 import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+NOT_BEGUN = r"coroutine '\w*(serialize|write_).*' was never awaited"  # as orbax names its writers
 
 
 def hush() -> None:
@@ -12,6 +15,8 @@ def hush() -> None:
     logging.getLogger("absl").addFilter(_not_orbax)
     logging.getLogger("asyncio").addFilter(_not_another_write)
     _hush_closed_loops()
+    # Writes that had not begun when another failed: Python warns of them whenever they are collected.
+    warnings.filterwarnings("ignore", NOT_BEGUN, RuntimeWarning)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
