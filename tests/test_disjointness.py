@@ -86,7 +86,7 @@ def test_a_study_is_written_and_goes_on(tmp_path, monkeypatch):
     ledger = Ledger(path)
     read_twice_study.study(ledger, 2, 1, Console(quiet=True))
     read_twice_study.study(Ledger(path), 2, 1, Console(quiet=True))
-    assert len(trained) == 1 and trained[0][1].config.reading == "ahead"
+    assert len(trained) == 1 and {part.task.reading for part in trained[0][1].config.train} == {"ahead"}
     rows = ledger.rows[len(known) :]
     assert {row["name"] for row in rows} == {"ahead"} and all(0 <= row["accuracy"] <= 1 for row in rows)
     assert [(row["order"], row["large"]) for row in rows] == [(o, n) for n in sizes for o in ("first", "last")]

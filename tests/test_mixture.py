@@ -67,7 +67,9 @@ def live(y_BTD, said=SAID):
     [
         {"M": 4, "top": 2},
         pytest.param({"M": 3, "top": 1, "shared": False}, marks=pytest.mark.slow),
-        pytest.param({"M": 3, "top": 3, "projections": "one"}, marks=pytest.mark.slow),
+        pytest.param({"M": 3, "top": 3}, marks=pytest.mark.slow),
+        # Not of all its memories: those of one projection then answer alike, and the router's slopes are exactly 0.
+        pytest.param({"M": 4, "top": 2, "projections": "one"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
