@@ -20,6 +20,7 @@ from jax import Array
 from layers.fields import divides as divides
 from layers.fields import one_of as one_of
 from layers.fields import positive as positive
+from layers.ops.place import place
 
 
 class Tokens(NamedTuple):
@@ -133,14 +134,15 @@ class Einsum(nnx.Module):
         lost = "".join(a for a in axes if a in inputs and a not in output)
         deviation = scale * math.prod(sizes[a] for a in lost) ** -0.5
         w = jax.random.normal(rngs.params(), [sizes[a] for a in axes], jnp.float32) * deviation
-        self.equation = equation
+        self.equation, self.axes = equation, axes
         self.w = nnx.Param(w, axes=axes, fan_in=lost, residual=residual)
         brings = "".join(a for a in axes if a in output)
         zeros = jnp.zeros([sizes[a] for a in brings], jnp.float32)
         self.b = nnx.Param(zeros, axes=brings, decay=False) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        w = place(self.w[...].astype(x.dtype), self.axes)  # in use: cast first, so that half as much is sent
+        y = jnp.einsum(self.equation, x, w)
         if self.b is None:
             return y
         b = self.b[...].astype(x.dtype)

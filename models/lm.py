@@ -22,6 +22,7 @@ from jax import Array
 
 from layers.layer import LayerConfig, Out, Tokens, one_of, positive, take
 from layers.norm import RMSNorm
+from layers.ops.place import place
 from layers.ops.precision import wide
 from layers.ops.tables import put_back, set_aside
 from models.over_encoding import OverEncoding
@@ -143,18 +144,19 @@ class Block(nnx.Module):
             asked = at_BN if i == last else None
             mixed = str(i) in self.connections
             x_BTD, paths = self.connections[str(i)](x) if mixed else (x.reshape(*x.shape[:2], -1), None)
+            normed_BTD = place(norm(x_BTD), "BT")
             if prefix_BT is not None and not layer.pointwise:
-                out = layer.prefixed(norm(x_BTD), tokens, prefix_BT, state)
+                out = layer.prefixed(normed_BTD, tokens, prefix_BT, state)
                 out = out if asked is None else out._replace(y_BTD=take(out.y_BTD, asked))
             elif asked is not None:
-                out = layer.read(norm(x_BTD), tokens, asked)
+                out = layer.read(normed_BTD, tokens, asked)
             else:
-                out = layer(norm(x_BTD), tokens, state)
+                out = layer(normed_BTD, tokens, state)
             if asked is not None:
                 x, tokens = _at(asked, x, tokens)
                 paths = None if paths is None else paths.at(asked)
             y_BTD = out.y_BTD if keep is None else jnp.where(keep[i], out.y_BTD, 0)
-            x = x + y_BTD.reshape(x.shape) if paths is None else write(x, y_BTD, paths)
+            x = place(x + y_BTD.reshape(x.shape) if paths is None else write(x, y_BTD, paths), "BT")
             after.append(out.state)
             aux |= {f"{i}/{name}": value for name, value in out.aux.items()}
         return x, None if states is None else tuple(after), aux
@@ -241,6 +243,7 @@ class LanguageModel(nnx.Module):
             dtype = jnp.dtype(jnp.float64)
         # Cast after the look-up: its gradient adds up in float32, and a decoding step casts no table.
         x_BTD = jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype) * jnp.asarray(config.D**0.5, dtype)
+        x_BTD = place(x_BTD, "BT")
         after: list[Any] = []
         aux: dict[str, Array] = {}
         seen: tuple[Any, ...] = ()
@@ -312,11 +315,16 @@ class LanguageModel(nnx.Module):
             aux |= {f"{r}.{name}": value for name, value in said.items()}
         return x, None if states is None else tuple(after), aux
 
-    def logits(self, hidden: Array) -> Array:
-        """[..., D] -> float32 [..., W]."""
-        head = self.embed if self.head is None else self.head
+    def words(self) -> Array:
+        """float32 [W, D]: what predicts each word."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def logits(self, hidden: Array, words_WD: Array | None = None) -> Array:
+        """[..., D] -> float32 [..., W]. words_WD: `words()`, where they were put together for several calls."""
+        words_WD = self.words() if words_WD is None else words_WD
         wide = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
-        logits = jnp.einsum("...D,WD->...W", hidden, head[...].astype(hidden.dtype), preferred_element_type=wide)
+        words_WD = place(words_WD.astype(hidden.dtype), "WD")
+        logits = jnp.einsum("...D,WD->...W", hidden, words_WD, preferred_element_type=wide)
         cap = self.config.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -395,8 +403,8 @@ def _kept(stage: Stage, index: int, skip: tuple[str, ...]) -> list[list[bool]]:
 def rows_read(aux: dict[str, Array]) -> dict[str, list[Array]]:
     """What `hidden`'s aux says of look-ups: the rows of each table by parameter's name, an array for each repeat."""
     found: dict[str, list[Array]] = {}
-    for place, said in aux.items():
-        where, _, name = place.partition("/rows/")
+    for label, said in aux.items():
+        where, _, name = label.partition("/rows/")
         if name and where == "ngrams":
             found[f"ngrams.{name}"] = [said]
         elif name:

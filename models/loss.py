@@ -1,5 +1,6 @@
 """The cross-entropy of a language model, without ever holding all logits."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.layer import Tokens, take
+from layers.ops.place import held, place
 from models.lm import LanguageModel, Skip
 
 ASK_NOTHING = -100  # the label of a position that is not asked
@@ -54,12 +56,13 @@ def score_tokens(
 def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: int = 2**24) -> Scores:
     """Scores hidden states against labels (-100: not asked).
 
-    limit: floats of logits held at once; more positions are taken in turn, recomputed in the backward pass.
+    limit: floats of logits that a device holds at once; more positions are taken in turn, recomputed in the backward
+        pass.
     """
     B, T, D = hidden_BTD.shape
 
-    def part(hidden_BTD: Array, labels_BT: Array) -> Scores:
-        logits = model.logits(hidden_BTD)
+    def part(hidden_BTD: Array, labels_BT: Array, words_WD: Array | None = None) -> Scores:
+        logits = model.logits(hidden_BTD, words_WD)
         asked = labels_BT != ASK_NOTHING
         label = jnp.where(asked, labels_BT, 0)
         log_z = jax.nn.logsumexp(logits, -1)
@@ -72,7 +75,7 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
         hit = (best == label).astype(logits.dtype)
         return Scores(only(log_z - chosen), only(hit), only(log_z**2), asked.astype(logits.dtype), labels_BT, best)
 
-    size = max(limit // (B * model.config.W), 1)  # positions of every row at once
+    size = max(limit // held("BW", (B, model.config.W)), 1)  # positions of every row at once
     if size >= T:
         return part(hidden_BTD, labels_BT)
     pieces = -(-T // size)
@@ -82,7 +85,10 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
         x = jnp.pad(x, [(0, 0), (0, pieces * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=filler)
         return jnp.moveaxis(x.reshape(B, pieces, size, *x.shape[2:]), 1, 0)
 
-    scores = jax.lax.map(jax.checkpoint(lambda xs: part(*xs)), (cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)))
+    words_WD = place(model.words(), "WD")  # sent to all devices once, and not for each piece; their gradient, too
+    body = jax.checkpoint(lambda words_WD, xs: part(*xs, words_WD))
+    pieces_of = cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)
+    scores = jax.lax.map(functools.partial(body, words_WD), pieces_of)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
 
 

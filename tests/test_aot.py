@@ -223,7 +223,7 @@ def test_outlines_need_no_files():
 
 
 def small(folder, **changes):
-    return tiny.experiment(folder, **{"data__B": 8, "mesh": Mesh(data=4, model=2, layout="fsdp+tensor")} | changes)
+    return tiny.experiment(folder, **{"data__B": 8, "mesh": Mesh(fsdp=4, model=2)} | changes)
 
 
 def test_the_step_is_the_one_that_training_runs(tmp_path):
@@ -239,7 +239,7 @@ def test_the_step_is_the_one_that_training_runs(tmp_path):
     assert {name: report["memory"][name] for name in ("arguments", "aliased")} == {
         name: ahead.memory_of(run)[name] for name in ("arguments", "aliased")
     }
-    assert report["mesh"] == {"data": 4, "model": 2} and report["rematerialised"] == 0
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "model": 2} and report["rematerialised"] == 0
     assert sum(held["parameters"] for held in report["sharded"].values()) == report["parameters"]
     assert report["floor"]["seconds"] > 0
 
@@ -247,14 +247,14 @@ def test_the_step_is_the_one_that_training_runs(tmp_path):
     with console.file:
         show(console, {"config": "tiny", "topology": "v5e:2x4", "slices": 1, **report})
     said = console.export_text()
-    for words in ("mesh data 4, model 2, fsdp+tensor", "fits:", "bound by", "all-reduce", "D over data"):
+    for words in ("mesh fsdp 4, model 2", "fits:", "bound by", "all-reduce", "D over fsdp"):
         assert words in said
 
 
 def test_meshes_that_do_not_divide(tmp_path):
     with pytest.raises(ConfigError, match="mesh.data = 3 .* do not fit 8 devices"):
         ahead.compile_step(small(tmp_path, mesh=Mesh(data=3)), jax.devices(), None)
-    with pytest.raises(ConfigError, match="data.B is 6, which does not divide over mesh.data = 4"):
+    with pytest.raises(ConfigError, match="data.B is 6, which does not divide over mesh.fsdp = 4"):
         ahead.compile_step(small(tmp_path, data__B=6), jax.devices(), None)
 
 
@@ -277,13 +277,13 @@ def test_units():
 
 
 def test_the_order_of_devices_is_that_of_training():
-    assert build_layout(Mesh(), 8, jax.devices()).mesh == build_layout(Mesh(), 8).mesh
+    assert build_layout(Mesh(), 8, 8, jax.devices()).mesh == build_layout(Mesh(), 8, 8).mesh
 
 
 CASES = {
-    "replicated": ["--mesh.layout", "replicated"],
-    "fsdp": ["--mesh.layout", "fsdp"],
-    "fsdp+tensor": ["--mesh.layout", "fsdp+tensor", "--mesh.model", "2"],
+    "data": [],
+    "fsdp": ["--mesh.fsdp", "4"],
+    "fsdp and model": ["--mesh.fsdp", "2", "--mesh.model", "2"],
 }
 
 

@@ -37,7 +37,7 @@ FLAGS = {
     "rate below zero": ("--optimizer.lr -1", r"AdamW\.lr is -1\.0: it must be above 0"),
     "parts of a batch": ("--train.accumulate 3", r"train\.accumulate is 3, which does not divide data\.B = 2"),
     "too few words": ("--model.W 256", r"model\.W is 256, but the data has 257 words: use --model\.W 257"),
-    "mesh beyond the devices": ("--mesh.data 3", r"mesh\.data = 3 and mesh\.model = 1 do not fit 8 devices"),
+    "mesh beyond the devices": ("--mesh.data 3", r"mesh\.data = 3 do not fit 8 devices"),
     "mesh beyond the batch": ("--mesh.data 4", r"data\.B is 2, which does not divide over mesh\.data = 4"),
     "no such corpus": ("--data.source nowhere", r"Text\.source is 'nowhere': no such file or folder; give"),
     "empty corpus": ("--data.source empty", r"Text\.source is 'empty': an empty corpus; give"),

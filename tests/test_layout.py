@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens
+from layers.ops.place import AXES
 from models.lm import LM, Stage
 from models.parameters import Spec
 from training.data import Batch, DataConfig, Dataset
@@ -72,10 +73,11 @@ MODEL = LM(W=W, D=D, stages=(Stage((Heads(),), repeats=2),), tied=True, scan_lay
 ADAM = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
 MESHES = {
     "one device": Mesh(data=1),
-    "replicated": Mesh(data=8),
-    "fsdp": Mesh(data=8, layout="fsdp"),
-    "tensor": Mesh(data=4, model=2, layout="tensor"),
-    "fsdp+tensor": Mesh(data=-1, model=2, layout="fsdp+tensor"),
+    "data": Mesh(data=8),
+    "fsdp": Mesh(fsdp=8),
+    "model": Mesh(data=4, model=2),
+    "fsdp and model": Mesh(data=1, fsdp=-1, model=2),
+    "sequence too": Mesh(fsdp=2, sequence=2, model=2),
 }
 
 
@@ -86,7 +88,7 @@ def experiment(mesh, **changes):
 @functools.cache
 def trained(name):
     """(job, first parameters, losses and gradient norms of three steps, state after them)"""
-    job = prepare(experiment(MESHES[name], train=Train(accumulate=2 if name == "replicated" else 1)))
+    job = prepare(experiment(MESHES[name], train=Train(accumulate=2 if name == "data" else 1)))
     state = job.init()
     first = jax.tree.map(np.asarray, state["params"])
     said = []
@@ -113,9 +115,9 @@ QUERY, KEY, OUT, DOWN = (
     f"stages.0.layers.{name}.w" for name in ("0.query", "0.key", "0.out", "0.down")
 )  # LDHK, LDGK, LHKD, LFD
 SHARDS = {  # what one device of each mesh holds
-    "replicated": {"embed": (32, 16), QUERY: (2, 16, 4, 4), "norm.w": (16,)},
+    "data": {"embed": (32, 16), QUERY: (2, 16, 4, 4), "norm.w": (16,)},
     "fsdp": {"embed": (32, 2), QUERY: (2, 2, 4, 4), OUT: (2, 4, 4, 2), DOWN: (2, 24, 2), "norm.w": (2,)},
-    "tensor": {
+    "model": {
         "embed": (16, 16),
         QUERY: (2, 16, 2, 4),
         KEY: (2, 16, 1, 4),
@@ -123,7 +125,7 @@ SHARDS = {  # what one device of each mesh holds
         DOWN: (2, 12, 16),
         "norm.w": (16,),
     },
-    "fsdp+tensor": {
+    "fsdp and model": {
         "embed": (16, 4),
         QUERY: (2, 4, 2, 4),
         KEY: (2, 4, 1, 4),
@@ -131,6 +133,7 @@ SHARDS = {  # what one device of each mesh holds
         DOWN: (2, 12, 4),
         "norm.w": (4,),
     },
+    "sequence too": {"embed": (16, 8), QUERY: (2, 8, 2, 4), DOWN: (2, 12, 8), "norm.w": (8,)},
 }
 
 
@@ -144,13 +147,14 @@ def test_parameters_and_moments_lie_where_the_rules_say(name):
             assert len(array.sharding.device_set) == 8
             assert {shard.data.shape for shard in array.addressable_shards} == {shape}, parameter
     assert moments.count.sharding.is_fully_replicated
-    rows = job.layout.mesh.shape["data"]
+    sizes = job.layout.mesh.shape
+    part = (B // sizes["data"] // sizes["fsdp"], T // sizes["sequence"])
     batch = jax.device_put(job.dataset.batch(0, 0), job.layout.batch)
-    assert all({s.data.shape for s in array.addressable_shards} == {(B // rows, T)} for array in jax.tree.leaves(batch))
+    assert all({s.data.shape for s in array.addressable_shards} == {part} for array in jax.tree.leaves(batch))
 
 
 def test_momentum_of_muon_and_the_average_lie_as_the_parameters():
-    job = prepare(experiment(MESHES["fsdp+tensor"], optimizer=Muon(), train=Train(ema=0.9)))
+    job = prepare(experiment(MESHES["fsdp and model"], optimizer=Muon(), train=Train(ema=0.9)))
     for group in ("opt", "ema"):
         for path, leaf in jax.tree.leaves_with_path(job.state[group]):
             name = getattr(path[-1], "key", None)
@@ -162,7 +166,7 @@ def test_momentum_of_muon_and_the_average_lie_as_the_parameters():
 
 
 def test_parts_of_a_batch_stay_on_their_devices():
-    job = trained("replicated")[0]
+    job = trained("data")[0]
     assert job.experiment.train.accumulate == 2
     text = job.step.lower(job.state, job.dataset.batch(0, 0)).compile().as_text()
     assert "all-reduce" in text
@@ -174,37 +178,39 @@ def test_parts_of_a_batch_stay_on_their_devices():
     "mesh, rows, message",
     [
         (Mesh(data=-1, model=-1), 8, "mesh.data and mesh.model are both -1: fix one"),
-        (Mesh(data=3), 9, "mesh.data = 3 and mesh.model = 1 do not fit 8 devices: .* must be one of 1, 2, 4, 8"),
+        (Mesh(data=3), 9, "mesh.data = 3 do not fit 8 devices: .* must be one of 1, 2, 4, 8"),
         (Mesh(data=4, model=4), 8, "mesh.data = 4 and mesh.model = 4 do not fit 8 devices"),
         (Mesh(data=-1, model=5), 8, "mesh.model = 5 do not fit"),
         (Mesh(data=0), 8, "mesh.data = 0"),
         (Mesh(data=-2, model=-2), 8, "mesh.data = -2"),
         (Mesh(data=8), 12, "data.B is 12, which does not divide over mesh.data = 8: choose a multiple"),
+        (Mesh(fsdp=4), 12, "data.B is 12, which does not divide over mesh.data x mesh.fsdp = 8: choose a multiple"),
+        (Mesh(sequence=4), 8, "data.T is 6, which does not divide over mesh.sequence = 4: choose a multiple"),
     ],
 )
 def test_impossible_meshes(mesh, rows, message):
     with pytest.raises(ValueError, match=message):
-        build_layout(mesh, rows)
+        build_layout(mesh, rows, T)
 
 
 def test_a_mesh_takes_the_devices_it_needs():
     devices = jax.devices()
-    assert build_layout(Mesh(data=2), 8).mesh.devices.ravel().tolist() == devices[:2]
-    assert dict(build_layout(Mesh(model=4), 8).mesh.shape) == {"data": 2, "model": 4}
-    assert dict(build_layout(Mesh(), 3, devices[:1]).mesh.shape) == {"data": 1, "model": 1}
+    assert build_layout(Mesh(data=2), 8, T).mesh.devices.ravel().tolist() == devices[:2]
+    assert list(build_layout(Mesh(model=4), 8, T).mesh.shape.items()) == list(zip(AXES, (2, 1, 1, 4), strict=True))
+    assert build_layout(Mesh(), 3, T, devices[:1]).mesh.size == 1
 
 
 def test_the_report_names_what_stays_whole():
     specs = trained("one device")[0].structure.specs
-    lines = build_layout(Mesh(data=1, model=8, layout="tensor"), 8).report(specs)
+    lines = build_layout(Mesh(model=8), 8, T).report(specs)
     assert f"{QUERY} is replicated: H = 4 does not divide over model" in lines
     assert f"{KEY} is replicated: G = 2 does not divide over model" in lines
     assert not any(line.startswith((DOWN, "embed", "norm", "stages.0.norms")) for line in lines) and len(lines) == 3
-    assert build_layout(Mesh(data=8, layout="fsdp"), 8).report(specs) == []
-    assert build_layout(Mesh(data=8), 8).report(specs) == []
+    assert build_layout(Mesh(fsdp=8), 8, T).report(specs) == []
+    assert build_layout(Mesh(data=8), 8, T).report(specs) == []
     narrow = {name: spec._replace(shape=tuple(12 if n == D else n for n in spec.shape)) for name, spec in specs.items()}
-    assert build_layout(Mesh(data=4, model=2, layout="fsdp+tensor"), 8).report(narrow) == []
-    lines = build_layout(Mesh(data=8, layout="fsdp"), 8).report(narrow)
-    assert "norm.w is replicated: D = 12 does not divide over data" in lines and len(lines) == len(specs)
-    lines = build_layout(Mesh(data=2, model=4, layout="tensor"), 8).report({"w": Spec((6, 3), "FH", True, False, "F")})
+    assert build_layout(Mesh(fsdp=4, model=2), 8, T).report(narrow) == []
+    lines = build_layout(Mesh(fsdp=8), 8, T).report(narrow)
+    assert "norm.w is replicated: D = 12 does not divide over fsdp" in lines and len(lines) == len(specs)
+    lines = build_layout(Mesh(data=2, model=4), 8, T).report({"w": Spec((6, 3), "FH", True, False, "F")})
     assert lines == ["w is replicated: F = 6, H = 3 does not divide over model"]

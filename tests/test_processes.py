@@ -72,7 +72,7 @@ def silent(ended):
 
 def compared(folder, count, devices, layout):
     run = folder / f"{layout}{count}"
-    config = crowd.config_file(folder, mesh=Mesh(layout=layout))
+    config = crowd.config_file(folder, mesh=Mesh(fsdp=8 if layout == "fsdp" else 1))
     first, *others = Crowd(count, devices, config, "--run", run).ended()
     assert first.status == 0, first.err
     for other in others:
@@ -90,7 +90,7 @@ def compared(folder, count, devices, layout):
     assert re.search(r"^parameters (\w{64})$", first.out, re.M)[1] == hashed(run)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+@pytest.mark.parametrize("layout", ["data", "fsdp"])
 def test_two_processes_are_as_one(folder, layout):
     compared(folder, 2, 4, layout)
 
@@ -124,7 +124,7 @@ def test_a_signal_to_one_stops_all_at_one_step(folder, long):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+@pytest.mark.parametrize("layout", ["data", "fsdp"])
 def test_four_processes_are_as_one(folder, layout):
     compared(folder, 4, 2, layout)
 
@@ -132,7 +132,7 @@ def test_four_processes_are_as_one(folder, layout):
 @pytest.mark.slow
 def test_a_model_axis_over_processes(folder):
     """Each row of the batch lies on devices of both: both make it."""
-    mesh = Mesh(data=1, model=8, layout="fsdp+tensor")
+    mesh = Mesh(model=8)
     config = crowd.config_file(folder, mesh=mesh)
     for ended in Crowd(2, 4, config, "--run", folder / "model axis").ended():
         assert ended.status == 0, ended.err
@@ -180,7 +180,7 @@ def test_slurm_is_found(folder):
 @pytest.mark.slow
 def test_one_that_cannot_write_fails_the_save_of_all(folder, long):
     run = folder / "full"
-    config = crowd.config_file(folder, **LONG, mesh=Mesh(layout="fsdp"))
+    config = crowd.config_file(folder, **LONG, mesh=Mesh(fsdp=8))
     first, second = Crowd(2, 4, config, "--run", run, largest_file={1: 3000}).ended()
     assert (first.status, second.status) == (2, 2), first.err + second.err
     reason = f"step 8 was not saved in {run}/checkpoints: File too large (earlier checkpoints, untouched: none)"
@@ -268,6 +268,6 @@ def test_a_port_that_is_taken():
 def test_a_mesh_leaves_no_process_out():
     devices = [SimpleNamespace(process_index=n // 4) for n in range(8)]
     with pytest.raises(
-        ValueError, match=r"mesh\.data = 4 and mesh\.model = 1 leave process 1 without a device: make th"
+        ValueError, match=r"mesh\.data = 4 leave process 1 without a device: make th"
     ):
-        build_layout(Mesh(data=4), 8, devices)
+        build_layout(Mesh(data=4), 8, 8, devices)

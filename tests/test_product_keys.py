@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import Mesh
 from laws import collectives
 from reading import QUICK, B, D, apply, pad, places, same, same_tree, stream, tokens
 
@@ -22,7 +21,8 @@ from layers.product_keys import ProductKeyMemory
 from models.lm import LM, Stage
 from models.parameters import flatten
 from training import settings
-from training.layout import RULES, Layout
+from training.experiment import Mesh
+from training.layout import build_layout
 from training.summary import parameter_count
 
 T = 9
@@ -120,16 +120,15 @@ def test_the_papers_two_layers():
     np.testing.assert_allclose(apply(gated, x_BTD, said, None)[0], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tensor", "fsdp"])
-def test_values_that_devices_share_are_never_gathered(name):
+@pytest.mark.parametrize("axis", ["model", "fsdp"])
+def test_values_that_devices_share_are_never_gathered(axis):
     """Neither pass sends anything as large as the table, nor the rows that were read: sums of them, and row numbers."""
     config = ProductKeyMemory(H=2, keys=50, top=3, K=8, V=24)
     params, alone = flatten(config.build(D, rngs=nnx.Rngs(0)))
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    layout = Layout(mesh, RULES[name])
+    layout = build_layout(Mesh(**{"data": 2, axis: 2}), B, T, jax.devices()[:4])
     structure = alone._replace(spread=layout.spread(alone.specs))
     shardings = layout.params(structure.specs)
-    assert shardings["values"].spec[0] == ("model" if name == "tensor" else "data")
+    assert shardings["values"].spec[0] == axis
     said, x_BTD = tokens(np.stack([places(T)] * B)), stream(T).astype(np.float32)
 
     def slopes(params, x_BTD, said):

@@ -23,9 +23,10 @@ from training.run import prepare
 
 ROWS, K = 8 * 11, 3  # fewer than a batch asks for: the partitioner would rather send the table, as is seen below
 MESHES = {
-    "data": (Mesh(data=8, layout="fsdp"), ("data",)),
-    "both": (Mesh(data=4, model=2, layout="fsdp+tensor"), ("data", "model")),
-    "model": (Mesh(data=4, model=2, layout="tensor"), ("model",)),
+    "fsdp": (Mesh(fsdp=8), ("fsdp",)),
+    "both": (Mesh(data=2, fsdp=2, model=2), ("fsdp", "model")),
+    "model": (Mesh(data=4, model=2), ("model",)),
+    "beside tokens": (Mesh(fsdp=4, sequence=2), ("fsdp",)),
 }
 
 
@@ -39,13 +40,13 @@ def table_shaped(program, rows, width):
 @pytest.mark.parametrize("name", MESHES)
 def test_a_lookup_of_shared_rows(name, stacked):
     """Values and slopes of the plain look-up, of rows that occur often or nowhere; nothing sent is a table's."""
-    layout, axes = build_layout(MESHES[name][0], B), MESHES[name][1]
+    layout, axes = build_layout(MESHES[name][0], B, T), MESHES[name][1]
     rng = np.random.default_rng(0)
     shape = (2, ROWS, K) if stacked else (ROWS, K)
     table, weights = rng.normal(size=shape).astype(np.float32), rng.normal(size=(B, T, 2, K)).astype(np.float32)
     rows = rng.integers(-2, ROWS + 2, (B, T, 2)).astype(np.int32)
     rows[:, 0] = 7
-    spread = Spread(layout.mesh, axes, "data")
+    spread = Spread(layout.mesh, axes)
 
     def value(table, rows, weights, spread):
         lent = Table(table, jnp.int32(1) if stacked else None, None, spread)
@@ -62,9 +63,9 @@ def test_a_lookup_of_shared_rows(name, stacked):
     lies = NamedSharding(layout.mesh, P(*[None] * (len(shape) - 2), axes, None))
     placed = {"in_shardings": (lies, layout.batch, layout.batch), "out_shardings": (layout.batch, lies)}
     program = jax.jit(functools.partial(both, spread), **placed).lower(table, rows, weights).compile()
-    # Of rows over `model` alone each replica of the batch has a gradient, and their sum is all that may be sent.
-    assert table_shaped(program, ROWS, K) == ["all-reduce"] * (name == "model")
-    if name == "data":
+    # Replicas of the rows, for other parts of the batch, have a gradient each: their sum is all that may be sent.
+    assert table_shaped(program, ROWS, K) == ["all-reduce"] * (name != "fsdp")
+    if name == "fsdp":
         plain = jax.jit(functools.partial(both, None), **placed).lower(table, rows, weights).compile()
         assert "all-gather" in table_shaped(plain, ROWS, K)
     found, slopes = program(*jax.device_put((table, rows, weights), placed["in_shardings"]))
@@ -92,7 +93,7 @@ def trained(name, lazy):
 @pytest.mark.parametrize("lazy", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "lazy"])
 def test_a_step_sends_no_table(lazy):
     """Row by row or whole: each device updates its own rows; the same run as on one device."""
-    job, state, said = trained("data", lazy)
+    job, state, said = trained("fsdp", lazy)
     rows = state["params"][TABLE].shape[1]
     for array in [state["params"][TABLE], *(a for a in jax.tree.leaves(state) if a.shape[:2] == (2, rows))]:
         assert array.sharding.shard_shape(array.shape)[1] == rows // 8
@@ -110,14 +111,14 @@ def test_a_step_sends_no_table(lazy):
 def test_where_rows_lie():
     spec = Spec((2, 256, 4), "LWK", False, False, "", True)
     for mesh, axes in MESHES.values():
-        layout = build_layout(mesh, B)
+        layout = build_layout(mesh, B, T)
         assert layout.spec(spec) == P(None, axes, None)
-        assert layout.spread({"t": spec}) == {"t": Spread(layout.mesh, axes, "data")}
-    assert build_layout(Mesh(data=8), B).spec(spec) == P(None, None, None)
+        assert layout.spread({"t": spec}) == {"t": Spread(layout.mesh, axes)}
+    assert build_layout(Mesh(data=8), B, T).spec(spec) == P(None, None, None)
     odd = spec._replace(shape=(2, 255, 4))
-    assert build_layout(MESHES["data"][0], B).report({"t": odd}) == [
-        "t is replicated: W = 255 does not divide over data"
+    assert build_layout(MESHES["fsdp"][0], B, T).report({"t": odd}) == [
+        "t is replicated: W = 255 does not divide over fsdp"
     ]
     half = spec._replace(shape=(2, 6, 4))
-    layout = build_layout(MESHES["both"][0], B)
+    layout = build_layout(MESHES["both"][0], B, T)
     assert layout.spec(half) == P(None, ("model",), None) and layout.report({"t": half}) == []

@@ -332,7 +332,7 @@ def test_parameters_of_connections(hyper):
     assert parameter_count(of) == 4 * (each + 2 * G + G * G + 3)  # the Engram of either repeat has none
     assert all(spec.decay == name.endswith(".w") for name, spec in of.items())  # 2409.19606, section 4
     for name, spec in of.items():  # no device holds a part of the streams
-        layout = build_layout(Mesh(data=2, model=2, layout="tensor"), 2, jax.devices()[:4])
+        layout = build_layout(Mesh(data=2, model=2), 2, 8, jax.devices()[:4])
         assert len(spec.axes) == len(spec.shape) and not any(layout.spec(spec)), name
 
 
@@ -365,7 +365,7 @@ def test_a_run_learns(hyper, tmp_path):
 def test_a_mesh_changes_nothing(tmp_path):
     stages = (Stage((Engram(H=2, K=4, rows=50, streams=2), MLP(F=16)), repeats=2),)
     losses = []
-    for name, mesh in (("one", Mesh(data=1)), ("four", Mesh(data=2, model=2, layout="fsdp+tensor"))):
+    for name, mesh in (("one", Mesh(data=1)), ("four", Mesh(data=1, fsdp=2, model=2))):
         model = LM(W=257, D=16, stages=stages, streams=2)
         tiny.trained(tmp_path, name, model=model, mesh=mesh, train__steps=6, train__eval_every=0)
         losses.append([line["loss"] for line in read(tmp_path / name) if "loss" in line])

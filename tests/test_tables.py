@@ -275,7 +275,7 @@ def equations(jaxpr):
 def test_a_lookup_on_the_host():
     """A step's look-up: what was fetched is on the device, the table is not."""
     table = np.random.default_rng(0).normal(size=(2, 30, 4)).astype(np.float32)
-    layout = build_layout(Mesh(data=1, tables="host"), B)
+    layout = build_layout(Mesh(data=1, tables="host"), B, T)
     spec = Spec((2, 30, 4), "LWK", False, False, "", True)
     spread, lies = layout.spread({"t": spec})["t"], layout.params({"t": spec})["t"]
     assert spread.host and lies.memory_kind == "pinned_host"
@@ -329,7 +329,7 @@ def test_what_the_host_cannot_is_named(tmp_path):
     with pytest.raises(ValueError, match="mesh.tables is 'host', .* set optimizer.lazy_tables to True"):
         tiny.experiment(tmp_path, mesh=Mesh(data=1, tables="host"))
     with pytest.raises(ValueError, match="mesh.tables is 'host', for a mesh of one device, and this has 8"):
-        build_layout(Mesh(data=8, tables="host"), 8)
+        build_layout(Mesh(data=8, tables="host"), 8, 8)
 
 
 PRODUCT_KEYS = ProductKeyMemory(H=2, keys=6, top=3, K=4)

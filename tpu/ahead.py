@@ -37,7 +37,7 @@ def compile_step(experiment: Experiment, devices: list[Any], chip: Chip | None) 
     platform = devices[0].platform
     with tracing_for(platform):
         try:
-            layout = build_layout(experiment.mesh, experiment.data.B, devices)
+            layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T, devices)
             data = experiment.data.outline(experiment.model.W)
             program = build_program(experiment, data, layout)
             flops = flops_per_token(experiment, program.structure, data.labelled, data.prefix > 0)
@@ -62,7 +62,6 @@ def compile_step(experiment: Experiment, devices: list[Any], chip: Chip | None) 
         "devices": len(used),
         "device_kind": used[0].device_kind,
         "mesh": dict(mesh.shape),
-        "layout": experiment.mesh.layout,
         "parameters": parameter_count(specs),
         "sharded": sharded(layout, specs),
         "notes": layout.report(specs),

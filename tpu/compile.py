@@ -22,7 +22,7 @@ model. --model.scan-layers always makes that time independent of depth.
   --topology   v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x2, tpu7x:2x2x1 and so on
   --slices     so many of it, joined by a network (multislice)
   --json       also write the report to a file
-  --field      any field of the config, as train.py has it: --mesh.layout fsdp --data.B 64
+  --field      any field of the config, as train.py has it: --mesh.fsdp -1 --mesh.data 1 --data.B 64
 
 Exit status: 0; 1 where it does not fit, or where XLA gathers an array whole that the layout splits; 2 for what cannot
 be compiled at all. tpu/README.md has a section on it."""

@@ -30,14 +30,19 @@ def fits(report: dict[str, Any]) -> str:
     return f"fits: {size(left)} of {size(report['usable'])} stay free"
 
 
+def axes(report: dict[str, Any]) -> str:
+    """The axes of the mesh that are more than one device."""
+    return ", ".join(f"{axis} {count}" for axis, count in report["mesh"].items() if count > 1) or "of one"
+
+
 def show(console: Console, report: dict[str, Any]) -> None:
     """report: as `tpu.ahead.compile_step` returns it, with what was asked."""
     table = Table("", "", show_header=False, title=escape(f"{report['config']} on {report['topology']}"))
-    mesh = ", ".join(f"{axis} {count}" for axis, count in report["mesh"].items())
+    mesh = axes(report)
     slices = f", {report['slices']} slices" if report["slices"] > 1 else ""
     batch = report["batch"]
     parts = f" in {batch['accumulate']} parts" if batch["accumulate"] > 1 else ""
-    table.add_row("devices", f"{report['devices']} {report['device_kind']}{slices}, mesh {mesh}, {report['layout']}")
+    table.add_row("devices", f"{report['devices']} {report['device_kind']}{slices}, mesh {mesh}")
     table.add_row("batch", f"{batch['B']} x {batch['T']} tokens{parts}")
     table.add_row("parameters", f"{report['parameters']:,}")
     for where, held in report["sharded"].items():

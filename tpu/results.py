@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tpu.report import duration, size
+from tpu.report import axes, duration, size
 
 HEAD = """# Compiled for pods that were not there
 
@@ -23,16 +23,15 @@ def page(reports: list[dict[str, Any]]) -> str:
     """Markdown: a table of all reports, and the command of each."""
     lines = [
         HEAD,
-        "| config | pod | mesh, layout | parameters | peak of HBM | TFLOP of a device | it sends | floor | bound by |",
+        "| config | pod | mesh | parameters | peak of HBM | TFLOP of a device | it sends | floor | bound by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
-        mesh = " x ".join(str(count) for count in report["mesh"].values())
         sent = sum(kind["sent"] for kind in report["collectives"].values())
         cells = [
             report["config"],
             pod(report),
-            f"{mesh}, {report['layout']}",
+            axes(report),
             f"{report['parameters']:,}",
             f"{size(report['memory']['peak'])} of {size(report['usable'])}",
             f"{report['flops'] / 1e12:,.2f}",

@@ -145,18 +145,21 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices in a grid, and how parameters lie on it. Batches are split over `data`.
+    """Devices in a grid, and so where all arrays lie (layers/ops/place.py). Sizes of axes; -1 for all that are left.
 
-    data, model: devices along each axis; -1 for all that are left.
-    layout: "replicated"; "fsdp" (widths over `data`); "tensor" (heads, hidden and words over `model`); "fsdp+tensor".
-        The rows of tables that are looked up lie over all axes that a layout names.
+    data: rows of a batch, each group of devices with parameters of its own.
+    fsdp: rows too, but parameters, and what the optimiser has for them, are kept in parts (by width), and put together
+        where they are used.
+    sequence: tokens of a row.
+    model: heads, hidden channels and words. The rows of tables that are looked up lie over `fsdp` and `model`.
     tables: "host" keeps tables and their moments in the host's memory, and sends rows; with optimizer.lazy_tables, and
         one device.
     """
 
     data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
     model: int = 1
-    layout: Literal["replicated", "fsdp", "tensor", "fsdp+tensor"] = "replicated"
     tables: Literal["device", "host"] = "device"
 
     def __post_init__(self):

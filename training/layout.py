@@ -9,19 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from layers.ops.place import AXES, BATCH, FSDP, MODEL, RULES, SEQUENCE, placed
 from layers.ops.tables import Spread
 from models.parameters import Spec
 from training import processes
 from training.data import Batch
 from training.experiment import Mesh
 
-RULES = {  # the first letter of a parameter that has a rule and divides takes the mesh axis; each axis is taken once
-    "replicated": {},
-    "fsdp": {"D": "data"},
-    "tensor": {"H": "model", "G": "model", "F": "model", "W": "model"},
-    "fsdp+tensor": {"H": "model", "G": "model", "F": "model", "W": "model", "D": "data"},
-}
-BATCH = "data"  # the axis of the batch's rows
 HOST = "pinned_host"
 
 
@@ -30,11 +24,15 @@ class Layout:
     """host: tables that are looked up, and what an optimiser has for their rows, lie in the host's memory."""
 
     mesh: jax.sharding.Mesh
-    rules: dict[str, str]
     host: bool = False
 
+    @property
+    def said(self) -> str:
+        """Sizes of the axes that are more than one device."""
+        return ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "of one"
+
     def rows(self, spec: Spec) -> tuple[str, ...]:
-        """The mesh axes that share a table's rows: all that the rules name, as far as they divide."""
+        """The mesh axes that share a table's rows: `fsdp` and `model`, as far as they divide."""
         for axes in (self._named, self._named[1:]):
             if spec.shape[-2] % math.prod(self.mesh.shape[a] for a in axes) == 0:
                 return axes
@@ -42,29 +40,20 @@ class Layout:
 
     @property
     def _named(self) -> tuple[str, ...]:
-        return tuple(a for a in ("data", "model") if a in self.rules.values() and self.mesh.shape[a] > 1)
+        return tuple(a for a in (FSDP, MODEL) if self.mesh.shape[a] > 1)
 
     def spread(self, specs: dict[str, Spec]) -> dict[str, Spread]:
         """Where the rows of tables are, if not all on each device. A look-up has to know, lest the partitioner gathers
         what is split over the axis of the batch, or sends rows of which only a sum is wanted."""
         if self.host:
-            return {name: Spread(self.mesh, (), BATCH, host=True) for name, spec in specs.items() if spec.table}
+            return {name: Spread(self.mesh, (), host=True) for name, spec in specs.items() if spec.table}
         rows = {name: self.rows(spec) for name, spec in specs.items() if spec.table}
-        return {name: Spread(self.mesh, axes, BATCH) for name, axes in rows.items() if axes}
+        return {name: Spread(self.mesh, axes) for name, axes in rows.items() if axes}
 
     def spec(self, spec: Spec) -> PartitionSpec:
         if spec.table:
             return PartitionSpec(*[None] * (len(spec.shape) - 2), self.rows(spec) or None, None)
-        taken: set[str] = set()
-        parts: list[str | None] = []
-        for letter, size in zip(spec.axes, spec.shape, strict=True):
-            axis = self.rules.get(letter)
-            if axis is None or axis in taken or self.mesh.shape[axis] == 1 or size % self.mesh.shape[axis]:
-                parts.append(None)
-            else:
-                taken.add(axis)
-                parts.append(axis)
-        return PartitionSpec(*parts)
+        return placed(spec.axes, spec.shape, dict(self.mesh.shape), kept=True)
 
     def _place(self, spec: Spec, axes: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, axes, memory_kind=HOST if spec.table and self.host else None)
@@ -93,14 +82,15 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """The batch's rows over `data`."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH))
+        """The batch's rows over `data` and `fsdp`, their tokens over `sequence`."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH, SEQUENCE))
 
     def share(self, B: int) -> slice | None:
         """The rows of a batch of B that this process makes: all those on its devices. None for one process: all."""
         if processes.count() == 1:
             return None
-        rows = [index[0].indices(B) for index in self.batch.addressable_devices_indices_map((B,)).values() if index]
+        places = NamedSharding(self.mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((B,))
+        rows = [index[0].indices(B) for index in places.values() if index]
         return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
 
     def feed(self, B: int) -> Callable[[Batch], Any]:
@@ -110,11 +100,11 @@ class Layout:
             return lambda batch: batch
 
         def place(part: np.ndarray) -> jax.Array:
-            def rows(index: Any) -> np.ndarray:
+            def piece(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(B)
-                return part[start - share.start : stop - share.start]
+                return part[start - share.start : stop - share.start, index[1]]
 
-            return jax.make_array_from_callback((B, *part.shape[1:]), self.batch, rows)
+            return jax.make_array_from_callback((B, *part.shape[1:]), self.batch, piece)
 
         return lambda batch: jax.tree.map(place, batch)
 
@@ -122,39 +112,46 @@ class Layout:
         """What stays whole although a rule names one of its letters, and why."""
         lines = []
         for name, spec in specs.items():
-            ruled = [a for a in spec.axes if a in self.rules and self.mesh.shape[self.rules[a]] > 1]
+            ruled = [a for a in spec.axes if any(self.mesh.shape[axis] > 1 for axis in RULES.get(a, ()))]
             if spec.table and self._named and not self.rows(spec):
                 lines.append(f"{name} is replicated: W = {spec.shape[-2]} does not divide over {self._named[-1]}")
             elif not spec.table and ruled and not any(self.spec(spec)):
                 sizes = ", ".join(f"{a} = {spec.shape[spec.axes.index(a)]}" for a in ruled)
-                lines.append(f"{name} is replicated: {sizes} does not divide over {self.rules[ruled[0]]}")
+                lines.append(f"{name} is replicated: {sizes} does not divide over {', '.join(RULES[ruled[0]])}")
         return lines
 
 
-def build_layout(config: Mesh, B: int, devices: list[Any] | None = None) -> Layout:
-    """The mesh of a config over the devices at hand. Raises ValueError, with the fix, where sizes do not divide."""
+def build_layout(config: Mesh, B: int, T: int, devices: list[Any] | None = None) -> Layout:
+    """The mesh of a config over the devices at hand, for batches [B, T].
+
+    Raises ValueError, with the fix, where sizes do not divide.
+    """
     if devices is None:  # those of a process side by side, so that its rows are
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
-    sizes = {"data": config.data, "model": config.model}
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError("mesh.data and mesh.model are both -1: fix one of them")
+        raise ValueError(f"{' and '.join(f'mesh.{axis}' for axis in free)} are both -1: fix one of them")
     fixed = math.prod(size for size in sizes.values() if size != -1)
+    said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size != 1) or "mesh.data = 1"
     if any(size < 1 and size != -1 for size in sizes.values()) or len(devices) % fixed:
-        said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
         fit = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
         raise ValueError(f"{said} do not fit {len(devices)} devices: their product (without a -1) must be one of {fit}")
     if free:
         sizes[free[0]] = len(devices) // fixed
-    if B % sizes["data"]:
-        raise ValueError(f"data.B is {B}, which does not divide over mesh.data = {sizes['data']}: choose a multiple")
-    count = sizes["data"] * sizes["model"]
+    if B % (rows := math.prod(sizes[axis] for axis in BATCH)):
+        named = " x ".join(f"mesh.{axis}" for axis in BATCH if sizes[axis] > 1)
+        raise ValueError(f"data.B is {B}, which does not divide over {named} = {rows}: choose a multiple")
+    if T % sizes[SEQUENCE]:
+        raise ValueError(
+            f"data.T is {T}, which does not divide over mesh.sequence = {sizes[SEQUENCE]}: choose a multiple"
+        )
+    count = math.prod(sizes.values())
     if left := sorted({d.process_index for d in devices} - {d.process_index for d in devices[:count]}):
-        said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
         raise ValueError(f"{said} leave process {left[0]} without a device: make their product {len(devices)}")
-    grid = np.array(devices[:count]).reshape(sizes["data"], sizes["model"])
+    grid = np.array(devices[:count]).reshape(list(sizes.values()))
     if config.tables == "host" and count > 1:
         raise ValueError(f"mesh.tables is 'host', for a mesh of one device, and this has {count}: set mesh.data to 1")
     if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
         raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
-    return Layout(jax.sharding.Mesh(grid, ("data", "model")), RULES[config.layout], config.tables == "host")
+    return Layout(jax.sharding.Mesh(grid, AXES), config.tables == "host")

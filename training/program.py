@@ -6,12 +6,14 @@ compiled for devices that are not there (tpu/compile.py).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.ops.place import on
 from models.lm import LanguageModel
 from models.parameters import Structure, flatten
 from training.data import Batch, Dataset
@@ -60,7 +62,8 @@ def build_program(experiment: Experiment, data: Dataset, layout: Layout) -> Prog
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     batch = _batch(experiment, data, layout)
     laid_out = structure._replace(spread=layout.spread(structure.specs))
-    step = train_step(experiment, laid_out, optimizer, data.token_bytes, data.labelled)
+    step = _on(layout, train_step(experiment, laid_out, optimizer, data.token_bytes, data.labelled))
+    evaluate = _on(layout, eval_step(laid_out, data.token_bytes, data.labelled))
     if optimizer.lazy is not None:  # only a step knows whether the layers say which rows they read
         jax.eval_shape(step, state, batch)
     return Program(
@@ -70,8 +73,17 @@ def build_program(experiment: Experiment, data: Dataset, layout: Layout) -> Prog
         batch,
         init=functools.partial(jax.jit(init, out_shardings=shardings), key),
         step=jax.jit(step, donate_argnums=0, in_shardings=(shardings, layout.batch), out_shardings=(shardings, None)),
-        evaluate=jax.jit(eval_step(laid_out, data.token_bytes, data.labelled), out_shardings=layout.replicated),
+        evaluate=jax.jit(evaluate, out_shardings=layout.replicated),
     )
+
+
+def _on(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def told(*args: Any) -> Any:
+        with on(layout.mesh):
+            return function(*args)
+
+    return told
 
 
 def _batch(experiment: Experiment, data: Dataset, layout: Layout) -> Any:

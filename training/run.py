@@ -91,7 +91,7 @@ def prepare(experiment: Experiment) -> Job:
         )
     if jax.default_backend() == "cpu":
         keep_heap()
-    layout = build_layout(experiment.mesh, experiment.data.B)
+    layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T)
     program = build_program(experiment, dataset, layout)
     return Job(
         experiment,
@@ -160,8 +160,7 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "data": f"{B} x {T} tokens a step, {dataset.words} words, digest {dataset.digest[:12]}",
         "steps": f"{experiment.train.steps:,} ({experiment.train.steps * B * T:,} tokens)",
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
-        + ", ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
-        + f", {experiment.mesh.layout}"
+        + job.layout.said
         + f", {processes.count()} processes" * (processes.count() > 1),
         "run": escape(str(run)),
     }

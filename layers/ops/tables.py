@@ -6,6 +6,7 @@ or, in a training step that must not handle anything as large as the table, a `T
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,21 +17,26 @@ from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from layers.ops.place import BATCH, placed
+
 
 class Spread(NamedTuple):
-    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost; those of a batch over `batch`.
+    """Rows of a table in equal parts over `axes` of a mesh, the first axis outermost.
 
     host: the table lies whole in the host's memory, of a mesh of one device.
     """
 
     mesh: Mesh
     axes: tuple[str, ...]
-    batch: str
     host: bool = False
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
+
     def divides(self, rows: Array) -> bool:
-        """Whether the batch of a look-up can be split as this says."""
-        return rows.shape[0] % self.mesh.shape[self.batch] == 0
+        """Whether the batch of a look-up can be split as the mesh says."""
+        return rows.shape[0] % math.prod(self.sizes.get(axis, 1) for axis in BATCH) == 0
 
 
 @functools.partial(
@@ -136,22 +142,24 @@ def _on_shards(
 
     answer(part, repeat, row of the part, whether that row is meant, *others) -> [batch, ..., K].
     """
-    batch, axes = spread.batch, spread.axes
+    axes = spread.axes
+    batch = placed("BT", rows.shape[:2], spread.sizes)
+    both = tuple(axis for axis in axes if axis in BATCH)  # over which both the table and the batch are split
 
     def local(part: Array, repeat: Array | None, rows: Array, *others: Array) -> Array:
-        if batch in axes:
-            rows, *others = (jax.lax.all_gather(a, batch, tiled=True) for a in (rows, *others))  # type: ignore[assignment]
+        if both:
+            rows, *others = (jax.lax.all_gather(a, both, tiled=True) for a in (rows, *others))  # type: ignore[assignment]
         size = part.shape[-2]
         at = rows - jax.lax.axis_index(axes) * size
         mine = (at >= 0) & (at < size)
         found = answer(part, repeat, jnp.where(mine, at, 0), mine, *others)
-        rest = tuple(axis for axis in axes if axis != batch)
+        rest = tuple(axis for axis in axes if axis not in both)
         found = jax.lax.psum(found, rest) if rest else found
-        return jax.lax.psum_scatter(found, batch, tiled=True) if batch in axes else found
+        return jax.lax.psum_scatter(found, both, tiled=True) if both else found
 
     whole = (None,) * (array.ndim - 2)
-    specs = (P(*whole, axes, None), None if repeat is None else P(), *(P(batch) for _ in (rows, *others)))
-    lookup = jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=P(batch))
+    specs = (P(*whole, axes, None), None if repeat is None else P(), *(batch for _ in (rows, *others)))
+    lookup = jax.shard_map(local, mesh=spread.mesh, in_specs=specs, out_specs=batch)
     return lookup(array, repeat, rows, *others)
 
 
