@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from layers.ops.precision import wide
+from layers.ops.sequence import by_pieces, hand_on, in_pieces
 
 Streams = tuple[Array, ...]
 Tails = tuple[Array, ...]
@@ -42,7 +43,7 @@ class ShortConv(nnx.Module):
     ):
         shape = [sizes[a] for a in axes]
         bound = 0.0 if zeros else taps**-0.5
-        self.taps, self.dilation, self.channels = taps, dilation, tuple(shape)
+        self.taps, self.dilation, self.axes, self.channels = taps, dilation, axes, tuple(shape)
         self.activation = activation
         w = jax.random.uniform(rngs.params(), [taps, *shape], jnp.float32, -bound, bound)
         self.w = nnx.Param(w, axes="J" + axes)
@@ -60,8 +61,11 @@ class ShortConv(nnx.Module):
         tail = self.init_tail(x.shape[0]) if tail is None else tail
         dtype = wide(x)
         w = self.w[...].astype(dtype)
-        convolve = _step if x.shape[1] == 1 else _convolve
-        y, new_tail = convolve(x.astype(dtype), w, pos_BT, tail.astype(dtype), self.dilation)
+        arrays = x.astype(dtype), w, pos_BT, tail.astype(dtype)
+        if in_pieces(x.shape[1]):
+            y, new_tail = _in_pieces(*arrays, self.dilation, self.axes)
+        else:
+            y, new_tail = (_step if x.shape[1] == 1 else _convolve)(*arrays, self.dilation)
         if self.b is not None:
             y = y + self.b[...].astype(dtype)[None, None]
         if self.activation is not None:
@@ -122,6 +126,28 @@ def _convolve_packed(x: Array, w: Array, pos_BT: Array, tail: Array, dilation: i
     kept_BJ = last_B[:, None] + jnp.arange(1, J)[None]
     tail = jnp.take_along_axis(seen, _over(kept_BJ, seen), 1)
     return y, jnp.where(_over(kept_BJ - (J - 1) >= started_B[:, None], tail), tail, 0.0)
+
+
+def _in_pieces(x: Array, w: Array, pos_BT: Array, tail: Array, dilation: int, axes: str) -> tuple[Array, Array]:
+    """As _convolve, of tokens over devices: the ends of pieces are sent."""
+
+    def piece(x: Array, w: Array, pos_BT: Array, tail: Array) -> tuple[Array, Array]:
+        _, own = _convolve(x, w, pos_BT, jnp.zeros_like(tail), dilation)
+        starts_B = jnp.any(pos_BT == 0, 1)
+        reads_B = jnp.where(starts_B, tail.shape[1], jnp.sum(pos_BT >= 0, 1))  # a start: nothing before it is left
+        before, last = hand_on((own, reads_B), _shift_in, tail)
+        return _convolve(x, w, pos_BT, before, dilation)[0], last
+
+    arguments = {"x": ("BT" + axes, x), "w": ("J" + axes, w), "pos_BT": ("BT", pos_BT), "tail": ("BJ" + axes, tail)}
+    return by_pieces(piece, arguments, [("BT" + axes, x.shape), ("BJ" + axes, tail.shape)])
+
+
+def _shift_in(does: tuple[Array, Array], tail: Array) -> Array:
+    """The tail after a piece: its own last inputs, behind those from before it that so few tokens left in sight."""
+    (own, reads_B), J = does, tail.shape[1]
+    at_BJ = jnp.arange(J)[None] + jnp.minimum(reads_B, J)[:, None]
+    moved = jnp.take_along_axis(tail, _over(jnp.minimum(at_BJ, J - 1), tail), 1)
+    return jnp.where(_over(at_BJ >= J, tail), own, moved)
 
 
 class ShortConvs(nnx.Module):

@@ -86,9 +86,9 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
         return jnp.moveaxis(x.reshape(B, pieces, size, *x.shape[2:]), 1, 0)
 
     words_WD = place(model.words(), "WD")  # sent to all devices once, and not for each piece; their gradient, too
-    body = jax.checkpoint(lambda words_WD, xs: part(*xs, words_WD))
-    pieces_of = cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)
-    scores = jax.lax.map(functools.partial(body, words_WD), pieces_of)
+    body = jax.checkpoint(lambda words_WD, xs: part(xs[0], xs[1], words_WD))
+    cuts = cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)
+    scores = jax.lax.map(functools.partial(body, words_WD), cuts)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
 
 

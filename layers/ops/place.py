@@ -30,8 +30,8 @@ def on(mesh: jax.sharding.Mesh) -> AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size > 1 else nullcontext()
 
 
-def placed(letters: str, shape: tuple[int, ...], sizes: dict[str, int], kept: bool = False) -> PartitionSpec:
-    """The axes of a mesh of such sizes for each letter: those that divide it, each axis taken once.
+def placed(letters: str, shape: tuple[int, ...], mesh: dict[str, int], kept: bool = False) -> PartitionSpec:
+    """The axes of a mesh of such sizes, by name, for each letter: those that divide it, each axis taken once.
 
     kept: of a parameter where it is kept, not used.
     """
@@ -39,8 +39,8 @@ def placed(letters: str, shape: tuple[int, ...], sizes: dict[str, int], kept: bo
     parts: list[tuple[str, ...] | str | None] = []
     for letter, size in zip(letters, shape, strict=False):
         axes = RULES.get(letter, ()) if kept or letter != "D" else ()
-        axes = tuple(a for a in axes if sizes.get(a, 1) > 1 and a not in taken)
-        if not axes or size % math.prod(sizes[axis] for axis in axes):
+        axes = tuple(a for a in axes if mesh.get(a, 1) > 1 and a not in taken)
+        if not axes or size % math.prod(mesh[axis] for axis in axes):
             parts.append(None)
         else:
             taken.update(axes)
@@ -50,9 +50,9 @@ def placed(letters: str, shape: tuple[int, ...], sizes: dict[str, int], kept: bo
 
 def held(letters: str, shape: tuple[int, ...]) -> int:
     """How many numbers of such an array a device holds."""
-    sizes = _sizes()
-    axes = [part if isinstance(part, tuple) else (part,) for part in placed(letters, shape, sizes) if part]
-    return math.prod(shape) // math.prod(sizes[axis] for part in axes for axis in part)
+    mesh = sizes()
+    axes = [part if isinstance(part, tuple) else (part,) for part in placed(letters, shape, mesh) if part]
+    return math.prod(shape) // math.prod(mesh[axis] for part in axes for axis in part)
 
 
 def place(x: Array, letters: str) -> Array:
@@ -60,12 +60,12 @@ def place(x: Array, letters: str) -> Array:
 
     A parameter that is kept in parts is put together by this where it is used.
     """
-    if sizes := _sizes():
-        return jax.lax.with_sharding_constraint(x, placed(letters, x.shape, sizes))
+    if mesh := sizes():
+        return jax.lax.with_sharding_constraint(x, placed(letters, x.shape, mesh))
     return x
 
 
-def _sizes() -> dict[str, int]:
+def sizes() -> dict[str, int]:
     """Of the axes of the mesh that is traced for; none where there is none, or where it is another's."""
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape) if set(mesh.axis_names) <= set(AXES) else {}

@@ -18,6 +18,8 @@ Within a chunk that starts from S_0, with G the running sum of g and all exponen
 A document's start (pos 0) masks pairs across it and the terms in S_0 behind it. Padding (pos < 0) has k = 0, g = 0.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from jax import Array
 from layers.ops.chunk_scan import scan_chunks
 from layers.ops.pairs import Rows, decayed_products
 from layers.ops.precision import HIGHEST, wide
+from layers.ops.sequence import by_pieces, hand_on, in_pieces
 from layers.ops.triangular import solve_unit_lower, unit_lower_inverse
 
 Implementation = Literal["auto", "naive", "chunked", "scan", "split"]
@@ -79,7 +82,6 @@ def recurrence(
     the state in the scan: GPU, TPU); "auto" is chunked but for short pieces. All agree but for rounding.
     """
     B, T, H, K = q_BTHK.shape
-    dtype = wide(q_BTHK, w_BTHV)
     if k_BTHK.shape != q_BTHK.shape or w_BTHV.shape[:3] != (B, T, H):
         raise ValueError(f"query {q_BTHK.shape}, key {k_BTHK.shape} and value {w_BTHV.shape} do not agree")
     if log_decay is not None and log_decay.shape not in ((B, T, H), (B, T, H, K)):
@@ -89,6 +91,29 @@ def recurrence(
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}: it must be at least 1")
 
+    run = functools.partial(_run, chunk=chunk, read=read, erase=erase, implementation=implementation)
+    arrays = (q_BTHK, k_BTHK, w_BTHV, r_BTHK, log_decay, state, pos, bonus_HK)
+    return _in_pieces(run, *arrays) if in_pieces(T) else run(*arrays)
+
+
+def _run(
+    q_BTHK: Array,
+    k_BTHK: Array,
+    w_BTHV: Array,
+    r_BTHK: Array | None,
+    log_decay: Array | None,
+    state: Array | None,
+    pos: Array | None,
+    bonus_HK: Array | None,
+    *,
+    chunk: int,
+    read: str,
+    erase: str,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """The tokens of one device."""
+    B, T, H, K = q_BTHK.shape
+    dtype = wide(q_BTHK, w_BTHV)
     S = jnp.zeros((B, H, K, w_BTHV.shape[-1]), dtype) if state is None else state.astype(dtype)
     g = log_decay if log_decay is None or log_decay.ndim == 4 else log_decay[..., None]
     segment = fresh = valid = None
@@ -114,6 +139,57 @@ def recurrence(
     else:
         y_BTHV, S = (_scan if implementation == "scan" else _split)(xs, S, rule, chunk)
     return y_BTHV.astype(w_BTHV.dtype), S
+
+
+def _in_pieces(
+    run: Callable[..., tuple[Array, Array]],
+    q: Array,
+    k: Array,
+    w: Array,
+    r: Array | None,
+    g: Array | None,
+    state: Array | None,
+    pos: Array | None,
+    bonus: Array | None,
+) -> tuple[Array, Array]:
+    """Tokens over devices. What a piece does to a state, S -> A S + B, is read off by running it: from zero that leaves
+    B; with nothing written, from the identity, A, unless that is diagonal and known. One run does both."""
+    dtype, (B, _, H, K), V = wide(q, w), q.shape, w.shape[-1]
+    state = jnp.zeros((B, H, K, V), dtype) if state is None else state.astype(dtype)
+
+    def piece(q, k, w, state, r=None, g=None, pos=None, bonus=None):
+        rows, (own, heads) = (k, w, r, g), (q.shape[0], q.shape[2])
+        if r is None:
+            alone = run(q, *rows, None, pos, bonus)[1]
+            kept = jnp.zeros((own, heads, 1, 1), dtype)
+            if g is not None:
+                steps = g if g.ndim == 4 else g[..., None]
+                steps = steps if pos is None else jnp.where((pos >= 0)[..., None, None], steps, 0)
+                kept = jnp.sum(steps.astype(dtype), 1)[..., None]
+            forgets = False if pos is None else jnp.any(pos == 0, 1)[:, None, None, None]
+            does = jnp.where(forgets, 0, jnp.exp(kept)), alone
+            then = _fade_and_add
+        else:
+            nothing = jnp.zeros((*w.shape[:3], K), w.dtype)
+            start = jnp.broadcast_to(jnp.eye(K, V + K, V, dtype=dtype), (own, heads, K, V + K))
+            both = run(q, k, jnp.concatenate([w, nothing], -1), r, g, start, pos, None)[1]
+            does, then = (both[..., V:], both[..., :V]), _turn_and_add
+        enters, last = hand_on(does, then, state)
+        return run(q, *rows, enters, pos, bonus)[0], last
+
+    arguments = {
+        "q": ("BTH", q), "k": ("BTH", k), "w": ("BTH", w), "r": ("BTH", r), "g": ("BTH", g),
+        "state": ("BH", state), "pos": ("BT", pos), "bonus": ("H", bonus),
+    }  # fmt: skip
+    return by_pieces(piece, arguments, [("BTH", w.shape), ("BH", state.shape)])
+
+
+def _fade_and_add(does: tuple[Array, Array], state: Array) -> Array:
+    return does[0] * state + does[1]
+
+
+def _turn_and_add(does: tuple[Array, Array], state: Array) -> Array:
+    return jnp.matmul(does[0], state, precision=HIGHEST) + does[1]
 
 
 def micro_steps(
