@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
 
+from layers.ops.place import MODEL, SEQUENCE, sizes
 from layers.ops.precision import wide
+from layers.ops.sequence import by_pieces, in_pieces
 
 NEVER = jnp.iinfo(jnp.int32).max
 
@@ -73,6 +75,11 @@ def attention(
     if query_time is None and S != T:
         raise ValueError(f"attention: {T} queries and {S} keys need query_time and key_time")
     plain = query_time is None
+    if in_pieces(T) and S == T and not head_major:
+        if query_time is None or key_time is None:
+            query_time = key_time = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        settings = {"scale": scale, "window": window, "block": block, "implementation": implementation}
+        return _in_pieces(q_BTHK, k_BSGK, v_BSGV, query_time, key_time, since, always, settings)
     if implementation == "auto":
         implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain and always is None)
 
@@ -112,6 +119,60 @@ def attention(
         y_BTHV, more_BTHV = y_BTHV.astype(share_BTH1.dtype), more_BTHV.astype(share_BTH1.dtype)
         y_BTHV = y_BTHV * share_BTH1 + more_BTHV * (1 - share_BTH1)
     return y_BTHV.astype(q_BTHK.dtype)
+
+
+def _in_pieces(
+    q: Array, k: Array, v: Array, query_time: Array, key_time: Array, since: Array | None, always: Any, settings: Any
+) -> Array:
+    """Tokens over devices: keys and values are sent, of a window those before a piece that it may reach into."""
+    window = settings["window"]
+
+    def piece(q, k, v, query_time, key_time, since=None, free=None, known=None, told=None):
+        T, others = q.shape[1], jax.lax.axis_size(SEQUENCE) - 1
+        more = None if free is None else (free, known, told)
+
+        def attend(k: Array, v: Array, key_time: Array) -> Array:
+            times = {"query_time": query_time, "key_time": key_time, "since": since}
+            return attention(q, k, v, always=more, **times, **settings)
+
+        def among_all(*own: Array) -> Array:
+            return attend(*(lax.all_gather(a, SEQUENCE, axis=1, tiled=True) for a in own))
+
+        if window is None or window - 1 > (others - 1) * T:
+            return (among_all(k, v, key_time),)
+        near = tuple(_before(a, window - 1) for a in (k, v, key_time + 1))
+        near = near[0], near[1], near[2] - 1  # before the first piece there are zeros: keys of time -1, that is none
+        seen = [jnp.concatenate([a, b], 1) for a, b in zip(near, (k, v, key_time), strict=True)]
+        # A document that goes on behind padding may reach further back than a window of tokens.
+        earliest = query_time - (window - 1) if since is None else jnp.maximum(query_time - (window - 1), since)
+        wanted_B = jnp.min(jnp.where(query_time >= 0, jnp.maximum(earliest, 0), NEVER), 1)
+        known_B = jnp.min(jnp.where(seen[2] >= 0, seen[2], NEVER), 1)
+        further = lax.psum(jnp.any(wanted_B < known_B).astype(jnp.int32), SEQUENCE) > 0
+        # Of the other branch the backward pass keeps what this device has, and nothing that was sent.
+        everything, close_by = jax.checkpoint(among_all), attend
+        return (lax.cond(further, lambda a, b: everything(*a), lambda a, b: close_by(*b), (k, v, key_time), seen),)
+
+    split = sizes().get(MODEL, 1)
+    H, G = "HG" if q.shape[2] % split == 0 and k.shape[2] % split == 0 else "  "
+    arguments = {
+        "q": ("BT" + H, q), "k": ("BT" + G, k), "v": ("BT" + G, v),
+        "query_time": ("BT", query_time), "key_time": ("BT", key_time), "since": ("BT", since),
+    }  # fmt: skip
+    if always is not None:
+        free, known, told = always
+        arguments |= {"free": ("BT" + H, free), "known": ("B " + G, known), "told": ("B " + G, told)}
+    shape = (*q.shape[:3], v.shape[-1])
+    return by_pieces(piece, arguments, [("BT" + H, shape)])[0]
+
+
+def _before(a: Array, count: int) -> Array:
+    """The `count` tokens before this device's, of those that lie on others; zeros where there are none."""
+    N, T = jax.lax.axis_size(SEQUENCE), a.shape[1]
+    parts = []
+    for back in range(-(-count // T), 0, -1):
+        part = a[:, max(T * back - count, 0) :]  # of the furthest piece no more than is wanted
+        parts.append(lax.ppermute(part, SEQUENCE, [(i, i + back) for i in range(N - back)]))
+    return jnp.concatenate(parts, 1) if parts else a[:, :0]
 
 
 def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> str:

@@ -66,6 +66,7 @@ def place(x: Array, letters: str) -> Array:
 
 
 def sizes() -> dict[str, int]:
-    """Of the axes of the mesh that is traced for; none where there is none, or where it is another's."""
+    """Of the axes of the mesh that is traced for; none without one, on a mesh of other axes, and within code that is
+    written for one device of many."""
     mesh = jax.sharding.get_abstract_mesh()
-    return dict(mesh.shape) if set(mesh.axis_names) <= set(AXES) else {}
+    return dict(mesh.shape) if set(mesh.axis_names) <= set(AXES) and not mesh.manual_axes else {}
