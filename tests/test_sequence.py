@@ -1,0 +1,173 @@
+"""Time over devices: the same numbers as on one, and what is sent is states, ends and keys, not tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from laws import collectives
+from reading import B, copy, grain, pad, places, same, same_tree, stack, stream, tokens
+from test_laws import name
+
+import layers
+from layers.conv import ShortConv
+from layers.ops.attention import attention
+from layers.ops.place import on
+from layers.ops.recurrence import recurrence
+from training.experiment import Mesh
+from training.layout import build_layout
+
+T, H, K, V = 60, 4, 6, 10  # pieces of 15
+# A document that goes on behind padding, also over an edge; starts within pieces and on an edge; an end of padding.
+POS = np.stack([pad(places(T), (13, 17), (40, 42)), pad(places(T, 20, 30, 33), (55, 60))]).astype(np.int32)
+FOUR = build_layout(Mesh(data=1, sequence=4, model=2), B, T).mesh
+
+
+def both(function, *arrays):
+    """(results and slopes in all arrays, of one device; the same of tokens on four, heads on two; that program)"""
+    rng = np.random.default_rng(9)
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda a: rng.normal(size=a.shape), jax.eval_shape(function, *arrays))
+
+        def slopes(*arrays):
+            def weighed(*arrays):
+                out = function(*arrays)
+                return sum(jax.tree.leaves(jax.tree.map(lambda y, w: jnp.sum(y * w), out, weights))), out
+
+            return jax.value_and_grad(weighed, tuple(range(len(arrays))), has_aux=True)(*arrays)
+
+        def spread(*arrays):
+            with on(FOUR):
+                return slopes(*arrays)
+
+        by_tokens = [jax.tree.map(lies, tree) for tree in (arrays, jax.eval_shape(slopes, *arrays))]
+        program = jax.jit(spread, in_shardings=by_tokens[0], out_shardings=by_tokens[1]).lower(*arrays).compile()
+        return jax.jit(slopes)(*arrays), program(*jax.device_put(arrays, by_tokens[0])), program
+
+
+def lies(a):
+    """Tokens over devices, and heads, of what has them."""
+    axes = [{T: "sequence", H: "model"}.get(n) for n in a.shape]
+    return NamedSharding(FOUR, P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
+
+
+def sent(program) -> set[int]:
+    """The sizes of axes of all that is sent. (A sum over groups of one device sends nothing.)"""
+    told = [(shape, groups) for _, shape, groups in collectives(program.as_text())]
+    return {n for shape, groups in told for n in shape if not groups or max(map(len, groups)) > 1}
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+DECAYS = {"none": None, "a head": (B, T, H), "a channel": (B, T, H, K)}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("erases", [False, True], ids=["adds", "erases"])
+def test_a_recurrence(decay, erases):
+    q, k, w, state = normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, V), normal(3, B, H, K, V)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    g = () if DECAYS[decay] is None else (-0.2 * np.abs(normal(4, *DECAYS[decay])),)
+
+    def read(q, k, w, state, *g):
+        return recurrence(q, k, w, 0.7 * k if erases else None, *g, state=state, pos=POS, chunk=8)
+
+    want, got, program = both(read, q, k, w, state, *g)
+    same_tree(got, want, "four pieces against one")
+    assert not sent(program) & {T, T // 4}
+
+
+def test_an_exclusive_read_with_a_bonus():
+    q, k, w, bonus = normal(0, B, T, H, K), normal(1, B, T, H, K) / 3, normal(2, B, T, H, V), normal(3, H, K)
+
+    def read(q, k, w, bonus):
+        return recurrence(q, k, w, 0.3 * k, read="exclusive", erase="undecayed", bonus_HK=None, chunk=8)[0] + (
+            recurrence(q, k, w, read="exclusive", bonus_HK=bonus, chunk=8)[0]
+        )
+
+    want, got, _ = both(read, q, k, w, bonus)
+    same_tree(got, want, "four pieces against one")
+
+
+@pytest.mark.parametrize("taps, dilation", [(4, 1), (3, 3), (2, 17)], ids=["short", "dilated", "longer than a piece"])
+def test_a_convolution(taps, dilation):
+    conv = ShortConv("HK", taps=taps, dilation=dilation, H=H, K=K, rngs=nnx.Rngs(0))
+    x, w, tail = normal(0, B, T, H, K), normal(1, taps, H, K), normal(2, B, (taps - 1) * dilation, H, K)
+
+    def read(x, w, tail):
+        twin = jax.tree.unflatten(jax.tree.structure(conv), [w])
+        y, tail = twin(x, POS, tail)
+        return jnp.where((POS >= 0)[..., None, None], y, 0), tail
+
+    want, got, program = both(read, x, w, tail)
+    same_tree(got, want, "four pieces against one")
+    assert not sent(program) & {T, T // 4}
+
+
+@pytest.mark.parametrize("G", [1, 2], ids=["one group of keys", "two"])
+@pytest.mark.parametrize("window", [None, 2, 4, 14, 16, 21, 40])
+def test_attention(window, G):
+    q, k, v = normal(0, B, T, H, K), normal(1, B, T, G, K), normal(2, B, T, G, V)
+    time = np.where(POS >= 0, np.cumsum(POS >= 0, 1) - 1, -1).astype(np.int32)
+    since = np.maximum.accumulate(np.where(POS == 0, time, 0), 1).astype(np.int32)
+    read = functools.partial(attention, query_time=time, key_time=time, since=since, window=window)
+    want, got, program = both(read, q, k, v)
+    same_tree(got, want, "four pieces against one")
+    if window is not None and window < 16:  # what is near is fetched, and the rest where padding lies between
+        assert "conditional(" in program.as_text()
+    assert T in sent(program) or 4 in sent(program)
+
+
+def test_a_window_beside_keys_that_are_always_seen():
+    q, k, v = (normal(i, B, T, H, K) for i in range(3))
+    free, known, told = normal(3, B, T, H, K), normal(4, B, 3, H, K), normal(5, B, 3, H, K)
+    want, got, _ = both(lambda *a: attention(*a[:3], window=7, always=a[3:]), q, k, v, free, known, told)
+    same_tree(got, want, "four pieces against one")
+
+
+def test_heads_that_a_mesh_does_not_divide_stay_together():
+    """Two devices on `model`: four heads would go apart, and their one group of keys would not."""
+    q, k, v = normal(0, B, T, H, K), normal(1, B, T, 1, K), normal(2, B, T, 1, V)
+    want, got, _ = both(lambda q, k, v: attention(q, k, v, window=9), q, k, v)
+    same_tree(got, want, "four pieces against one")
+
+
+def examples():
+    """A layer with a recurrence and one with a window; `make test-slow` has all."""
+    now = {"GatedDeltaNet", "Attention"}
+    for cls in layers.discover():
+        for config in cls.examples():
+            marks = () if config == cls.examples()[0] and cls.__name__ in now else (pytest.mark.slow,)
+            yield pytest.param(config, marks=marks, id=name(config))
+
+
+@pytest.mark.parametrize("config", list(examples()))
+def test_a_layer(config):
+    """Rows, tokens and heads over two devices each: y and all slopes as on one, in double precision."""
+    n = 2 * (grain(config) + 3)
+    mesh = build_layout(Mesh(data=2, sequence=2, model=2), B, n).mesh
+    said = tokens(np.stack([pad(places(n, n // 2 + 2), (7, 9), (n - 2, n)), places(n, 3, n // 2)]))
+    live = (said.pos_BT >= 0)[..., None]
+    x_BTD, dy_BTD = stream(n), np.where(live, stream(n, 1), 0)
+
+    def slopes(layer, x_BTD, said):
+        y_BTD, back = jax.vjp(lambda layer, x: layer(x, said).y_BTD, layer, x_BTD)
+        return jnp.where(live, y_BTD, 0), back(dy_BTD)
+
+    def spread(layer, x_BTD, said):
+        with on(mesh):
+            return slopes(layer, x_BTD, said)
+
+    with jax.enable_x64(True):
+        layer = copy(stack(config))
+        by_tokens = NamedSharding(mesh, P("data", "sequence"))
+        program = jax.jit(spread, in_shardings=(NamedSharding(mesh, P()), by_tokens, by_tokens))
+        got, want = program(layer, x_BTD, said), jax.jit(slopes)(layer, x_BTD, said)
+    same(got[0], want[0], "y")
+    same_tree(got[1], want[1], "slopes")
