@@ -19,6 +19,7 @@ from training.data import Batch, DataConfig, Dataset
 from training.experiment import AdamW, Experiment, Mesh, Muon, Schedule, Train
 from training.layout import build_layout
 from training.run import prepare
+from training.summary import where
 
 W, D, B, T = 32, 16, 16, 6
 
@@ -191,6 +192,24 @@ def test_parts_of_a_batch_stay_on_their_devices():
 def test_impossible_meshes(mesh, rows, message):
     with pytest.raises(ValueError, match=message):
         build_layout(mesh, rows, T)
+
+
+def test_meshes_of_runs_saved_before_there_was_fsdp():
+    assert Mesh(data=8, model=1, layout="fsdp") == Mesh(data=1, fsdp=8)
+    assert Mesh(data=-1, model=2, layout="fsdp+tensor") == Mesh(data=1, fsdp=-1, model=2)
+    assert Mesh(data=4, model=2, layout="tensor") == Mesh(data=4, model=2) == Mesh(data=4, model=2, layout="replicated")
+    assert dataclasses.replace(Mesh(data=8, layout="fsdp"), model=2) == Mesh(data=1, fsdp=8, model=2)
+    with pytest.raises(ValueError, match="Mesh.layout is 'both': say how many devices"):
+        Mesh(layout="both")
+
+
+def test_what_is_said_of_where_a_state_lies():
+    job = trained("sequence too")[0]
+    said = where(job.layout, job.structure.specs, job.state)
+    assert said["layout"].startswith("D over fsdp, H over model: 1,024 parameters; D over fsdp, F over model: 768 ")
+    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(job.init()) for shard in leaf.addressable_shards[:1])
+    assert said["memory"].startswith(f"{held / 2**20:,.1f} MiB a device for parameters and optimiser, ")
+    assert "layout" not in where(trained("one device")[0].layout, job.structure.specs, trained("one device")[0].state)
 
 
 def test_a_mesh_takes_the_devices_it_needs():

@@ -63,7 +63,7 @@ def compile_step(experiment: Experiment, devices: list[Any], chip: Chip | None) 
         "device_kind": used[0].device_kind,
         "mesh": dict(mesh.shape),
         "parameters": parameter_count(specs),
-        "sharded": sharded(layout, specs),
+        "sharded": layout.sharded(specs),
         "notes": layout.report(specs),
         "batch": {"B": experiment.data.B, "T": experiment.data.T, "accumulate": experiment.train.accumulate},
         "memory": memory,
@@ -95,21 +95,6 @@ def memory_of(compiled: Any) -> dict[str, int]:
     }
     whole = sum(parts.values()) - 2 * parts["aliased"]
     return {**parts, "peak": getattr(said, "peak_memory_in_bytes", 0) or whole}
-
-
-def sharded(layout: Any, specs: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Parameters by the mesh axes that their dimensions lie over, such as "D over data"."""
-    found: dict[str, dict[str, int]] = {}
-    for spec in specs.values():
-        over = [
-            f"{letter} over {axis if isinstance(axis, str) else ' and '.join(axis)}"
-            for letter, axis in zip(spec.axes, layout.spec(spec), strict=False)
-            if axis
-        ]
-        entry = found.setdefault(", ".join(over) or "whole on every device", {"arrays": 0, "parameters": 0})
-        entry["arrays"] += 1
-        entry["parameters"] += parameter_count({"": spec})
-    return dict(sorted(found.items(), key=lambda item: -item[1]["parameters"]))
 
 
 def out_of_memory(message: str) -> str | None:

@@ -161,9 +161,15 @@ class Mesh:
     sequence: int = 1
     model: int = 1
     tables: Literal["device", "host"] = "device"
+    layout: dataclasses.InitVar[str | None] = None  # of runs saved before there was `fsdp`; no field any more
 
-    def __post_init__(self):
+    def __post_init__(self, layout: str | None):
         one_of(self)
+        if layout in ("fsdp", "fsdp+tensor"):
+            object.__setattr__(self, "fsdp", self.data)
+            object.__setattr__(self, "data", 1)
+        elif layout not in (None, "replicated", "tensor"):
+            raise ValueError(f"Mesh.layout is {layout!r}: say how many devices share parameters by Mesh.fsdp and model")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,20 @@ class Layout:
 
         return lambda batch: jax.tree.map(place, batch)
 
+    def sharded(self, specs: dict[str, Spec]) -> dict[str, dict[str, int]]:
+        """Parameters by the mesh axes that their dimensions lie over, such as "D over fsdp"; most first."""
+        found: dict[str, dict[str, int]] = {}
+        for spec in specs.values():
+            over = [
+                f"{letter} over {axis if isinstance(axis, str) else ' and '.join(axis)}"
+                for letter, axis in zip(spec.axes, self.spec(spec), strict=False)
+                if axis
+            ]
+            entry = found.setdefault(", ".join(sorted(over)) or "whole on every device", {"arrays": 0, "parameters": 0})
+            entry["arrays"] += 1
+            entry["parameters"] += math.prod(spec.shape)
+        return dict(sorted(found.items(), key=lambda item: -item[1]["parameters"]))
+
     def report(self, specs: dict[str, Spec]) -> list[str]:
         """What stays whole although a rule names one of its letters, and why."""
         lines = []

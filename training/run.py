@@ -39,7 +39,7 @@ from training.optimizer import learning_rate
 from training.program import build_model, build_program
 from training.step import shown
 from training.stop import Stop
-from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes
+from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes, where
 
 # Fields of the saved config that may be others when a run is resumed: none that says what is learnt, or from what.
 MAY_CHANGE = (
@@ -162,6 +162,7 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
         + job.layout.said
         + f", {processes.count()} processes" * (processes.count() > 1),
+        **where(job.layout, job.structure.specs, job.state),
         "run": escape(str(run)),
     }
     show(console, experiment, job.model, job.structure, job.layout, facts)

@@ -17,6 +17,7 @@ from training.experiment import Experiment
 from training.flops import count_flops
 from training.layout import Layout
 
+MIB = 2**20
 PEAKS = {  # dense bf16 FLOP/s of a device, from its vendor's data sheet, by what its `device_kind` holds
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12,
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6": 918e12,
@@ -58,6 +59,18 @@ def flops_per_token(experiment: Experiment, structure: Structure, labelled: int 
 
 def parameter_count(specs: dict[str, Spec]) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def where(layout: Layout, specs: dict[str, Spec], state: Any) -> dict[str, str]:
+    """What to say of where a training state lies, and of what a device holds of it before it computes anything."""
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    parts = layout.params(specs)
+    slopes = 4 * sum(math.prod(parts[name].shard_shape(spec.shape)) for name, spec in specs.items())
+    said = {"memory": f"{held / MIB:,.1f} MiB a device for parameters and optimiser, {slopes / MIB:,.1f} for gradients"}
+    if layout.mesh.size > 1:
+        spread = layout.sharded(specs).items()
+        said["layout"] = "; ".join(f"{over}: {found['parameters']:,} parameters" for over, found in spread)
+    return said
 
 
 def show(
