@@ -22,7 +22,7 @@ from jax import Array
 
 from layers.layer import LayerConfig, Out, Tokens, one_of, positive, take
 from layers.norm import RMSNorm
-from layers.ops.place import place
+from layers.ops.place import place, place_found
 from layers.ops.precision import wide
 from layers.ops.tables import put_back, set_aside
 from models.over_encoding import OverEncoding
@@ -242,8 +242,8 @@ class LanguageModel(nnx.Module):
         if self.embed[...].dtype == jnp.float64:  # a model cast to float64 is a judge: compute in it
             dtype = jnp.dtype(jnp.float64)
         # Cast after the look-up: its gradient adds up in float32, and a decoding step casts no table.
-        x_BTD = jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype) * jnp.asarray(config.D**0.5, dtype)
-        x_BTD = place(x_BTD, "BT")
+        x_BTD = place_found(jnp.take(self.embed[...], tokens.ids_BT, axis=0).astype(dtype))
+        x_BTD = place(x_BTD * jnp.asarray(config.D**0.5, dtype), "BT")
         after: list[Any] = []
         aux: dict[str, Array] = {}
         seen: tuple[Any, ...] = ()

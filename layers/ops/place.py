@@ -65,6 +65,18 @@ def place(x: Array, letters: str) -> Array:
     return x
 
 
+def place_found(x_BTD: Array) -> Array:
+    """What was looked up in a table of words whose widths are kept in parts, before each device has its own rows of it.
+
+    Said in between, so that the partitioner swaps rows for widths and does not send all to all devices.
+    """
+    if mesh := sizes():
+        sides = zip((DATA, SEQUENCE, FSDP), x_BTD.shape, strict=True)
+        axes = [axis if size % mesh.get(axis, 1) == 0 else None for axis, size in sides]
+        return jax.lax.with_sharding_constraint(x_BTD, PartitionSpec(*axes))
+    return x_BTD
+
+
 def sizes() -> dict[str, int]:
     """Of the axes of the mesh that is traced for; none without one, on a mesh of other axes, and within code that is
     written for one device of many."""
