@@ -284,6 +284,7 @@ CASES = {
     "data": [],
     "fsdp": ["--mesh.fsdp", "4"],
     "fsdp and model": ["--mesh.fsdp", "2", "--mesh.model", "2"],
+    "fsdp and sequence": ["--mesh.fsdp", "2", "--mesh.sequence", "2"],
 }
 
 
