@@ -252,7 +252,7 @@ def test_the_step_is_the_one_that_training_runs(tmp_path):
 
 
 def test_meshes_that_do_not_divide(tmp_path):
-    with pytest.raises(ConfigError, match="mesh.data = 3 .* do not fit 8 devices"):
+    with pytest.raises(ConfigError, match="mesh.data = 3 do not fit 8 devices"):
         ahead.compile_step(small(tmp_path, mesh=Mesh(data=3)), jax.devices(), None)
     with pytest.raises(ConfigError, match="data.B is 6, which does not divide over mesh.fsdp = 4"):
         ahead.compile_step(small(tmp_path, data__B=6), jax.devices(), None)
