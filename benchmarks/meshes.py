@@ -69,7 +69,7 @@ def losses(mixer: LayerConfig, mesh: Mesh) -> list[float]:
     adam = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
     job = prepare(Experiment("Losses.", model, Words(), adam, mesh=mesh))
     state, said, batch = job.init(), [], job.dataset.batch(0, 0)  # always the same, to be learnt by heart
-    for step in range(STEPS):
+    for _ in range(STEPS):
         state, metrics = job.step(state, batch)
         said.append(float(metrics["loss"]))
     return said
