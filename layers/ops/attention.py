@@ -149,8 +149,8 @@ def _in_pieces(
         known_B = jnp.min(jnp.where(seen[2] >= 0, seen[2], NEVER), 1)
         further = lax.psum(jnp.any(wanted_B < known_B).astype(jnp.int32), SEQUENCE) > 0
         # Of the other branch the backward pass keeps what this device has, and nothing that was sent.
-        everything, close_by = jax.checkpoint(among_all), attend
-        return (lax.cond(further, lambda a, b: everything(*a), lambda a, b: close_by(*b), (k, v, key_time), seen),)
+        everything = jax.checkpoint(among_all)
+        return (lax.cond(further, lambda own, _: everything(*own), lambda _, b: attend(*b), (k, v, key_time), seen),)
 
     split = sizes().get(MODEL, 1)
     H, G = "HG" if q.shape[2] % split == 0 and k.shape[2] % split == 0 else "  "
