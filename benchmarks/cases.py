@@ -68,9 +68,9 @@ EXPONENT_GOAL = 1.10
 TEMP_GOAL = 1.5  # temporary memory of fwd+bwd, at most this many times inputs + outputs + gradients
 
 
-def write_inputs(op: str, B: int, T: int, folder: Path) -> str:
+def write_inputs(op: str, B: int, T: int, folder: Path, H: int = H, D: int = D) -> str:
     """Inputs of an op and the cotangent of its output, in a file that every contestant reads."""
-    path = folder / f"{op}-{B}-{T}.npz"
+    path = folder / f"{op}-{B}-{T}-{H}-{D}.npz"
     if path.exists():
         return str(path)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def write_inputs(op: str, B: int, T: int, folder: Path) -> str:
 
     q, k, v = normal(B, T, H, D), normal(B, T, H, D), normal(B, T, H, D)
     arrays: dict[str, Any] = {"q": q if op in ("attention", "window") else q * np.float32(D**-0.5), "k": k, "v": v}
-    if op in ("gated_delta", "kda", "kda_gate"):
+    if op in ("delta", "gated_delta", "kda", "kda_gate"):
         arrays["k"] = k / np.linalg.norm(k, axis=-1, keepdims=True)
         arrays["beta"] = np.exp(log_sigmoid(normal(B, T, H)))
     # decays mild enough that a chunk sees the chunks before it: else the gate would not test the state

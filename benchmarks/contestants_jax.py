@@ -39,7 +39,7 @@ def ours() -> dict[str, Callable]:
     def decayed(q, k, v, log_decay, **options):
         return linear_recurrence(q, k, v, log_decay, **options)[0]
 
-    def delta(q, k, v, beta, log_decay, **options):
+    def delta(q, k, v, beta, log_decay=None, **options):
         return delta_recurrence(q, k, v, beta, log_decay, **options)[0]
 
     def kda_gate(q, k, v, beta, gate, **options):
@@ -54,6 +54,7 @@ def ours() -> dict[str, Callable]:
         "linear": linear,
         "scalar": decayed,
         "channel": decayed,
+        "delta": delta,
         "gated_delta": delta,
         "kda": delta,
         "kda_gate": kda_gate,

@@ -48,15 +48,17 @@ def mixer(name: str, H: int, K: int) -> LayerConfig:
     raise ValueError(f"no model named {name}")
 
 
-def language_model(name: str, depth: int, D: int, H: int = 4) -> LM:
+def language_model(name: str, depth: int, D: int, H: int = 4, words: int = WORDS, scan: Any = "never", **fields) -> LM:
     """`depth` blocks of a mixer and an MLP of hidden width 4 D; unrolled, as is faster on the CPU."""
     pattern = (mixer(name, H, D // H), MLP(F=4 * D))
-    return LM(W=WORDS, D=D, stages=(Stage(pattern, depth),), scan_layers="never")
+    return LM(W=words, D=D, stages=(Stage(pattern, depth),), scan_layers=scan, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(DataConfig):
     """Random words."""
+
+    words: int = WORDS
 
     def build(self) -> Dataset:
         return NoiseDataset(self)
@@ -64,12 +66,12 @@ class Noise(DataConfig):
 
 class NoiseDataset(Dataset):
     def __init__(self, config: Noise):
-        self.config, self.words, self.digest = config, WORDS, ""
-        self.token_bytes = np.ones(WORDS, np.int32)
+        self.config, self.words, self.digest = config, config.words, ""
+        self.token_bytes = np.ones(config.words, np.int32)
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
         shape = (self.config.B, self.config.T)
-        ids = np.random.default_rng((seed, step)).integers(0, WORDS, shape).astype(np.int32)
+        ids = np.random.default_rng((seed, step)).integers(0, self.words, shape).astype(np.int32)
         pos = np.broadcast_to(np.arange(self.config.T, dtype=np.int32), shape)
         return Batch(ids, pos, np.roll(ids, -1, 1))
 
@@ -77,9 +79,10 @@ class NoiseDataset(Dataset):
         yield self.batch(1, 0, rows)
 
 
-def train(model: str, depth: int, D: int, B: int, T: int, H: int = 4) -> Loaded:
-    """The step that `train.py` runs, AdamW included, parameters split once and donated."""
-    experiment = Experiment("benchmark", language_model(model, depth, D, H), Noise(T=T, B=B), AdamW())
+def train(model: str, depth: int, D: int, B: int, T: int, H: int = 4, words: int = WORDS, **fields: Any) -> Loaded:
+    """The step that `train.py` runs, AdamW included, parameters split once and donated. fields: of `language_model`."""
+    lm = language_model(model, depth, D, H, words, **fields)
+    experiment = Experiment("benchmark", lm, Noise(T=T, B=B, words=words), AdamW())
     start = time.process_time()
     job = prepare(experiment)
     batch = job.dataset.batch(0, 0)

@@ -71,12 +71,23 @@ def gate(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: 
 class Contestant:
     """A process that runs operations; see `serve` for the other end."""
 
-    def __init__(self, module: str, *arguments: str, python: str = sys.executable, core: int | None = None):
-        environment = dict(os.environ, GLIBC_TUNABLES=TUNABLES, JAX_PLATFORMS="cpu", PYTHONWARNINGS="ignore")
-        for name in ("OMP", "OPENBLAS", "MKL"):
-            environment[f"{name}_NUM_THREADS"] = "1"
-        for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # compile times are those of a cold cache
-            environment.pop(name, None)
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        python: str = sys.executable,
+        core: int | None = None,
+        accelerator: dict[str, str] | None = None,
+    ):
+        """accelerator: for work off the CPU, the variables to add to the environment as it is."""
+        environment = dict(os.environ, PYTHONWARNINGS="ignore")
+        if accelerator is None:
+            environment |= {"GLIBC_TUNABLES": TUNABLES, "JAX_PLATFORMS": "cpu"}
+            environment |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+            for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # compile times are those of a cold cache
+                environment.pop(name, None)
+        else:
+            environment |= accelerator
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         environment["BENCH_CORE"] = "" if core is None else str(core)
         self.name = " ".join((module, *arguments))
@@ -143,7 +154,11 @@ class Contestant:
         self.close()
 
 
-def serve(load: Callable[..., Loaded], versions: Callable[[], dict[str, str]]) -> None:
+def serve(
+    load: Callable[..., Loaded],
+    versions: Callable[[], dict[str, str]],
+    clock: Callable[[], float] = time.process_time,
+) -> None:
     """The contestant's end: answers commands, one JSON object a line, until its input closes.
 
     `load(**options)` gets what the parent gave to Contestant.load; `inputs`, a path, is read into arrays.
@@ -173,7 +188,7 @@ def serve(load: Callable[..., Loaded], versions: Callable[[], dict[str, str]]) -
                 arrays: dict[str, Any] = loaded[name].outputs()
                 np.savez(request["path"], **arrays)
             elif command == "time":
-                result = timed(loaded[name].run, request["seconds"])
+                result = timed(loaded[name].run, request["seconds"], clock)
             else:
                 raise ValueError(f"unknown command {command}")
             answer({"result": result})
@@ -189,17 +204,17 @@ def pin() -> None:
         os.sched_setaffinity(0, {int(core)})
 
 
-def timed(run: Callable[[], Any], seconds: float) -> float:
-    start = time.process_time()
+def timed(run: Callable[[], Any], seconds: float, clock: Callable[[], float] = time.process_time) -> float:
+    start = clock()
     run()
-    first = time.process_time() - start
+    first = clock() - start
     calls = min(int(seconds / max(first, 1e-6)), 1000)
     if calls <= 1:
         return first * 1e3
-    start = time.process_time()
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.process_time() - start) / calls * 1e3
+    return (clock() - start) / calls * 1e3
 
 
 class Times(NamedTuple):

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
+from reading import cast, copy, grain, pad, places, same, same_tree, stack, stream, tokens
+from test_laws import name
 from test_recurrence import KINDS, documents, inputs, run, worst
 
+import layers
 from configs import quickstart
-from layers.layer import Tokens
+from layers.layer import LayerConfig, Tokens
 from layers.ops.attention import attention
 from models.parameters import flatten
 from training.optimizer import build_optimizer
@@ -58,6 +61,36 @@ def test_attention_against_the_definition(implementation: str, window: int | Non
     with jax.default_matmul_precision("highest"):
         exact = graded(jnp.float32, "naive")
     assert worst(exact, graded(jnp.bfloat16, implementation)) < 0.02
+
+
+EXAMPLES = [config for cls in layers.discover() for config in cls.examples()]
+
+
+def slopes(config: LayerConfig, wide: type, dtype: type, device: jax.Device) -> tuple[Array, tuple[Array, ...]]:
+    """y where it counts, and the slopes of its sum with random weights; documents, and padding, within the rows."""
+    n = 2 * (grain(config) + 3)
+    said = tokens(np.stack([pad(places(n, n // 2 + 2), (7, 9), (n - 2, n)), places(n, 3, n // 2)]))
+    live = (said.pos_BT >= 0)[..., None]
+    layer, x_BTD, dy_BTD = cast(copy(stack(config)), wide), stream(n).astype(dtype), stream(n, 1).astype(dtype)
+
+    @jax.jit
+    def read(layer, x_BTD, dy_BTD, said):
+        y_BTD, back = jax.vjp(lambda layer, x: layer(x, said).y_BTD, layer, x_BTD)
+        return jnp.where(live, y_BTD, 0), back(jnp.where(live, dy_BTD, 0).astype(y_BTD.dtype))
+
+    return jax.device_get(read(*jax.device_put((layer, x_BTD, dy_BTD, said), device)))
+
+
+@pytest.mark.parametrize("config", EXAMPLES, ids=name)
+def test_a_layer_as_on_the_cpu(config: LayerConfig) -> None:
+    """In float64 y and all slopes are those of the CPU, whose schedules the laws judge; in bfloat16 they are finite."""
+    gpu = jax.devices("gpu")[0]
+    with jax.enable_x64(True):
+        got, want = (slopes(config, np.float64, np.float64, d) for d in (gpu, jax.devices("cpu")[0]))
+    same(got[0], want[0], "y")
+    same_tree(got[1], want[1], "slopes")
+    rounded = slopes(config, np.float32, jnp.bfloat16, gpu)
+    assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(rounded) if a.dtype != np.int32)
 
 
 def test_training_as_on_the_cpu() -> None:
