@@ -120,9 +120,7 @@ def _run(
     if pos is not None:
         fresh, valid = pos == 0, pos >= 0
         segment = jnp.cumsum(fresh.astype(jnp.int32), 1)
-    q, k, w = (x.astype(dtype) for x in (q_BTHK, k_BTHK, w_BTHV))
-    r, g = (None if x is None else x.astype(dtype) for x in (r_BTHK, g))
-    xs = Inputs(q, k, w, r, g, segment, fresh, valid)
+    xs = Inputs(q_BTHK, k_BTHK, w_BTHV, r_BTHK, g, segment, fresh, valid)
     on_cpu = jax.default_backend() == "cpu"
     operand = q_BTHK.dtype if q_BTHK.dtype in (jnp.bfloat16, jnp.float16) and not on_cpu else None
     bonus = None if bonus_HK is None else bonus_HK.astype(dtype)
@@ -134,10 +132,12 @@ def _run(
         implementation = "split"
         if on_cpu:  # what a chunk adds grows with its size, what it spares does not: 5 to 25% faster than 64 and 128
             implementation, chunk = "scan", min(chunk, 32 if max(S.shape[-2:]) <= 64 else 64)
-    if implementation == "naive":
-        y_BTHV, S = _naive(xs, S, rule)
+    if implementation == "split":  # it widens what it has cut: what is kept for the backward pass is as narrow as given
+        y_BTHV, S = _split(xs, S, rule, chunk)
+    elif implementation == "scan":
+        y_BTHV, S = _scan(_widen(xs, dtype), S, rule, chunk)
     else:
-        y_BTHV, S = (_scan if implementation == "scan" else _split)(xs, S, rule, chunk)
+        y_BTHV, S = _naive(_widen(xs, dtype), S, rule)
     return y_BTHV.astype(w_BTHV.dtype), S
 
 
@@ -210,6 +210,11 @@ def micro_steps(
         pos = weave([pos] + [jnp.where(pos == 0, 1, pos)] * (n - 1))
     y, state = recurrence(q, k, w, r, g, pos=pos, **options)
     return y[:, n - 1 :: n], state
+
+
+def _widen(xs: Inputs, dtype: jnp.dtype) -> Inputs:
+    r, g = (None if x is None else x.astype(dtype) for x in (xs.r, xs.g))
+    return xs._replace(q=xs.q.astype(dtype), k=xs.k.astype(dtype), w=xs.w.astype(dtype), r=r, g=g)
 
 
 def _naive(xs: Inputs, S: Array, rule: Rule) -> tuple[Array, Array]:
@@ -328,18 +333,22 @@ def _fade(Gq: Array, G: Array, mask: Array) -> Array:
 
 
 def _mm(a: Array, b: Array, rule: Rule, transpose: bool = False) -> Array:
-    """a @ b, or a @ b^T: float32 products in full float32 on every backend, bf16 operands accumulated in float32."""
-    b = jnp.swapaxes(b, -1, -2) if transpose else b
-    if rule.operand is None:
+    """a @ b, or a @ b^T."""
+    return _times(a, jnp.swapaxes(b, -1, -2) if transpose else b, rule.operand)
+
+
+def _times(a: Array, b: Array, operand: jnp.dtype | None) -> Array:
+    """a @ b: float32 products in full float32 on every backend, bf16 operands accumulated in float32."""
+    if operand is None:
         return jnp.matmul(a, b, precision=HIGHEST)
-    return jnp.matmul(a.astype(rule.operand), b.astype(rule.operand), preferred_element_type=a.dtype)
+    return jnp.matmul(a.astype(operand), b.astype(operand), preferred_element_type=a.dtype)
 
 
-def _step(S: Array, c: Chunk, rule: Rule, solve=solve_unit_lower) -> tuple[Array, Array]:
+def _step(S: Array, c: Chunk, rule: Rule) -> tuple[Array, Array]:
     """S_0 -> (S_C, Y)."""
     U = c.write
     if c.erase is not None:
-        U = solve(c.lower, U - _mm(c.erase, S, rule))
+        U = solve_unit_lower(c.lower, U - _mm(c.erase, S, rule))
     y = _mm(c.read, S, rule) + _mm(c.scores, U, rule)
     S = S if c.keep is None else c.keep * S
     return S + _mm(jnp.swapaxes(c.keys, -1, -2), U, rule), y if c.extra is None else y + c.extra
@@ -402,28 +411,75 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
 
 
 def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
-    """All chunks at once; the scan carries nothing but the state. Recomputed whole in the backward pass."""
+    """All chunks at once; a scan carries nothing but the state. Recomputed whole in the backward pass.
+
+    With U = U' - E' S_0 from the inverse of I + L, a chunk is S_C = e^{G_C} S_0 + K^T U' - (K^T E') S_0, which is one
+    product a step, and Y = (Q - A E') S_0 + A U', which are products over all chunks.
+    """
 
     @jax.checkpoint
     def run(xs: Inputs, S: Array):
         chunks, entering = _cut(xs, chunk)
-        c = _intra(_heads(chunks), entering, rule)
-        if c.erase is None:
-            added = _mm(jnp.swapaxes(c.keys, -1, -2), c.write, rule)
-
-            def advance(S, x):
-                keep, added = x
-                return (S if keep is None else keep * S) + added, S
-
-            last, entry = jax.lax.scan(advance, S, (c.keep, added))
-            y = _mm(c.read, entry, rule) + _mm(c.scores, c.write, rule)
-            y = y if c.extra is None else y + c.extra
-        else:
+        c = _intra(_widen(_heads(chunks), S.dtype), entering, rule)
+        write, read, turn = c.write, c.read, None
+        keys_T = jnp.swapaxes(c.keys, -1, -2)
+        if c.erase is not None:
             inverse = unit_lower_inverse(c.lower)
-            written = jnp.matmul(inverse, c.write, precision=HIGHEST)
+            write = jnp.matmul(inverse, write, precision=HIGHEST)
             erase = jnp.matmul(inverse, c.erase, precision=HIGHEST)
-            c = c._replace(write=written, erase=erase, lower=None)
-            last, y = jax.lax.scan(lambda S, c: _step(S, c, rule, solve=lambda _, U: U), S, c)
+            turn, read = _mm(keys_T, erase, rule), read - _mm(c.scores, erase, rule)
+        entry, last = _states(rule.operand, c.keep, turn, _mm(keys_T, write, rule), S)
+        y = _mm(read, entry, rule) + _mm(c.scores, write, rule)
+        y = y if c.extra is None else y + c.extra
         return rearrange(y, "N B H C V -> B (N C) H V")[:, : xs.q.shape[1]], last
 
     return run(xs, S)
+
+
+UNROLL = 8  # steps of a scan that are compiled as one: on a GPU starting a step takes longer than a step of sums
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _states(
+    operand: jnp.dtype | None, keep: Array | None, turn: Array | None, added: Array, S: Array
+) -> tuple[Array, Array]:
+    """S <- keep S - turn S + added, chunk after chunk: the states that chunks start from, and the last.
+
+    keep [N, B, H or 1, K or 1, 1], turn [N, B, H, K, K], either None; added [N, B, H, K, V]. The backward pass
+    carries the state's cotangent alone: what belongs to `turn` and `keep` are products over all chunks.
+    """
+
+    def advance(S: Array, x: tuple[Array | None, Array | None, Array]) -> tuple[Array, Array]:
+        keep, turn, added = x
+        after = added + (S if keep is None else keep * S)
+        return after if turn is None else after - _times(turn, S, operand), S
+
+    last, entry = jax.lax.scan(advance, S, (keep, turn, added), unroll=UNROLL)
+    return entry, last
+
+
+def _states_forward(operand, keep, turn, added, S):
+    entry, last = _states(operand, keep, turn, added, S)
+    return (entry, last), (keep, turn, entry)
+
+
+def _states_backward(operand, saved, slopes):
+    keep, turn, entry = saved
+    d_entry, d_last = slopes
+
+    def back(after: Array, x: tuple[Array | None, Array | None, Array]) -> tuple[Array, Array]:
+        keep, turn, d_entry = x
+        before = d_entry + (after if keep is None else keep * after)
+        return before if turn is None else before - _times(jnp.swapaxes(turn, -1, -2), after, operand), after
+
+    d_S, after = jax.lax.scan(back, d_last, (keep, turn, d_entry), reverse=True, unroll=UNROLL)
+    d_keep = d_turn = None
+    if keep is not None:
+        shared = tuple(i for i, n in enumerate(keep.shape) if n == 1)
+        d_keep = jnp.sum(after * entry, shared, keepdims=True)
+    if turn is not None:
+        d_turn = -_times(after, jnp.swapaxes(entry, -1, -2), operand)
+    return d_keep, d_turn, after, d_S
+
+
+_states.defvjp(_states_forward, _states_backward)
