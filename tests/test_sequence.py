@@ -24,7 +24,12 @@ from training.layout import build_layout
 T, H, K, V = 60, 4, 6, 10  # pieces of 15
 # A document that goes on behind padding, also over an edge; starts within pieces and on an edge; an end of padding.
 POS = np.stack([pad(places(T), (13, 17), (40, 42)), pad(places(T, 20, 30, 33), (55, 60))]).astype(np.int32)
-FOUR = build_layout(Mesh(data=1, sequence=4, model=2), B, T).mesh
+
+
+@functools.cache
+def four():
+    """Tokens over four devices, heads over two. Not made on import: on a GPU this file is read and not run."""
+    return build_layout(Mesh(data=1, sequence=4, model=2), B, T).mesh
 
 
 def both(function, *arrays):
@@ -41,7 +46,7 @@ def both(function, *arrays):
             return jax.value_and_grad(weighed, tuple(range(len(arrays))), has_aux=True)(*arrays)
 
         def spread(*arrays):
-            with on(FOUR):
+            with on(four()):
                 return slopes(*arrays)
 
         by_tokens = [jax.tree.map(lies, tree) for tree in (arrays, jax.eval_shape(slopes, *arrays))]
@@ -52,7 +57,7 @@ def both(function, *arrays):
 def lies(a):
     """Tokens over devices, and heads, of what has them."""
     axes = [{T: "sequence", H: "model"}.get(n) for n in a.shape]
-    return NamedSharding(FOUR, P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
+    return NamedSharding(four(), P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
 
 
 def sent(program) -> set[int]:
@@ -87,8 +92,9 @@ def test_an_exclusive_read_with_a_bonus():
     q, k, w, bonus = normal(0, B, T, H, K), normal(1, B, T, H, K) / 3, normal(2, B, T, H, V), normal(3, H, K)
 
     def read(q, k, w, bonus):
-        return recurrence(q, k, w, 0.3 * k, read="exclusive", erase="undecayed", bonus_HK=None, chunk=8)[0] + (
-            recurrence(q, k, w, read="exclusive", bonus_HK=bonus, chunk=8)[0]
+        return (
+            recurrence(q, k, w, 0.3 * k, read="exclusive", erase="undecayed", bonus_HK=None, chunk=8)[0]
+            + (recurrence(q, k, w, read="exclusive", bonus_HK=bonus, chunk=8)[0])
         )
 
     want, got, _ = both(read, q, k, w, bonus)

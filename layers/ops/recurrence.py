@@ -411,7 +411,8 @@ def _scan(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
 
 
 def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
-    """All chunks at once; a scan carries nothing but the state. Recomputed whole in the backward pass.
+    """All chunks at once; a scan carries nothing but the state. Recomputed whole in the backward pass; y is as
+    narrow as w.
 
     With U = U' - E' S_0 from the inverse of I + L, a chunk is S_C = e^{G_C} S_0 + K^T U' - (K^T E') S_0, which is one
     product a step, and Y = (Q - A E') S_0 + A U', which are products over all chunks.
@@ -430,7 +431,7 @@ def _split(xs: Inputs, S: Array, rule: Rule, chunk: int) -> tuple[Array, Array]:
             turn, read = _mm(keys_T, erase, rule), read - _mm(c.scores, erase, rule)
         entry, last = _states(rule.operand, c.keep, turn, _mm(keys_T, write, rule), S)
         y = _mm(read, entry, rule) + _mm(c.scores, write, rule)
-        y = y if c.extra is None else y + c.extra
+        y = (y if c.extra is None else y + c.extra).astype(xs.w.dtype)
         return rearrange(y, "N B H C V -> B (N C) H V")[:, : xs.q.shape[1]], last
 
     return run(xs, S)
