@@ -16,7 +16,7 @@ LOCKS := requirements.lock $(patsubst %,requirements-%.lock,$(filter $(ACCELERAT
 LEFT := $(filter-out $(ACCELERATOR),$(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-*)))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-slow test-gpu test-aot lint bench bench-peers lock clean FORCE
+.PHONY: help env train test test-slow test-faults test-gpu test-aot lint bench bench-peers lock clean FORCE
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [ACCELERATOR=cpu|cuda|tpu]"
@@ -32,7 +32,11 @@ test: lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest
 
 test-slow: env  ## the tests that take minutes each
-	$(BIN)/python -m pytest -m "slow and not gpu and not aot" --timeout 1800
+	$(BIN)/python -m pytest -m "slow and not gpu and not aot and not faults" --timeout 1800
+
+test-faults: env  ## the whole fault matrix, a thousand trials (an hour); writes results/faults.md
+	$(BIN)/python -m pytest -m "not slow" --timeout 1800 --faults-report results/faults.md \
+	  tests/test_faults.py tests/test_faults_outside.py tests/test_faults_processes.py
 
 test-gpu: env  ## the tests that need a GPU (after ACCELERATOR=cuda)
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -n 0 -m gpu --timeout 1800

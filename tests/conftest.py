@@ -8,7 +8,10 @@ import gc
 import itertools
 import os
 import pathlib
+import platform
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import cheap
 
@@ -32,6 +35,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same draws on every machine and every run; no deadline, because a first draw may compile.
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None, max_examples=20)
 hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-report", type=pathlib.Path, help="a file for the table of the fault matrix")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if path := config.getoption("--faults-report"):
+        from faults import report
+
+        from benchmarks.report import commit, machine
+
+        told = [one for kind in ("passed", "failed", "error") for one in terminalreporter.stats.get(kind, [])]
+        about = {"command": "`make test-faults`", "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+        about |= {"machine": machine(), "python": platform.python_version(), "jax": jax.__version__}
+        path.write_text(
+            report([(t.nodeid, t.outcome, t.duration) for t in told if t.when == "call" or t.failed], about)
+        )
+        terminalreporter.write_line(f"written: {path}")
 
 
 MAPPINGS = 30_000  # of memory, half of what Linux allows a process; each compiled program holds some

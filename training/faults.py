@@ -99,24 +99,8 @@ def survive(
     for aim, step in zip(aims, targets, strict=True):
         if aim == "evaluation" and not any(step <= evaluation < last for evaluation in evaluations):
             aim = "step"
-        began = time.monotonic()
-        until = began + draw.uniform(0, starting)
-        before = look(killed, evaluations)
-        process = start(arguments, killed)
-        while process.poll() is None:
-            seen = look(killed, evaluations)
-            reached = seen.step >= step and seen.log != before.log
-            if {
-                "start": time.monotonic() >= until,
-                "step": reached,
-                "save": reached and seen.saving,
-                "evaluation": reached and seen.evaluating,
-            }[aim]:
-                time.sleep(draw.uniform(0, 0.005))
-                break
-            time.sleep(POLL_SECONDS)
-        process.kill()
-        if process.wait() == 0:
+        began, before = time.monotonic(), look(killed, evaluations)
+        if not strike(start(arguments, killed), killed, aim, step, evaluations, starting, draw):
             break  # it came to its end first
         struck += 1
         seen = look(killed, evaluations)
@@ -124,6 +108,37 @@ def survive(
         say(f"kill {struck}: {time.monotonic() - began:5.1f} s after the start, {seen.since(before)}; left: {kept}")
     finish(start(arguments, killed), killed)
     return struck, difference(whole, killed)
+
+
+def strike(
+    process: subprocess.Popen,
+    run: Path,
+    aim: str,
+    step: int,
+    evaluations: set[int],
+    starting: float,
+    draw: random.Random,
+) -> bool:
+    """Kills a process that trains: at a moment of MOMENTS, from a step on. Whether it was still there to be killed.
+
+    starting: seconds until a first step, of which the moment "start" is one.
+    """
+    until = time.monotonic() + draw.uniform(0, starting)
+    before = look(run, evaluations)
+    while process.poll() is None:
+        seen = look(run, evaluations)
+        reached = seen.step >= step and seen.log != before.log
+        if {
+            "start": time.monotonic() >= until,
+            "step": reached,
+            "save": reached and seen.saving,
+            "evaluation": reached and seen.evaluating,
+        }[aim]:
+            time.sleep(draw.uniform(0, 0.005))
+            break
+        time.sleep(POLL_SECONDS)
+    process.kill()
+    return process.wait() != 0
 
 
 def difference(a: Path, b: Path) -> str | None:
