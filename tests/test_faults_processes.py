@@ -22,7 +22,8 @@ from training import processes
 from training.experiment import Mesh
 from training.faults import MOMENTS, difference, look, strike
 
-pytestmark = [pytest.mark.xdist_group("faults of processes"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
+ONE, SEVERAL = (pytest.mark.xdist_group(f"faults of {many}") for many in ("a process", "several processes"))
 LONG = {"train__steps": 300, "train__checkpoint_every": 20, "train__eval_every": 50}
 EVALUATIONS = {50, 100, 150, 200, 250, 300}
 
@@ -50,6 +51,7 @@ def ends_as_if_nothing_had_happened(folder: Path, run: Path) -> None:
     shutil.rmtree(run)
 
 
+@ONE
 @trials(2, 100)
 def test_01_hard_kill(folder, trial):
     """While starting, between steps, while saving, while evaluating."""
@@ -62,6 +64,7 @@ def test_01_hard_kill(folder, trial):
     ends_as_if_nothing_had_happened(folder, run)
 
 
+@SEVERAL
 @trials(0, 4)
 def test_02_preemption_of_one_of_two(crowds, trial):
     run = crowds / f"preempted {trial}"
@@ -73,6 +76,7 @@ def test_02_preemption_of_one_of_two(crowds, trial):
     np.testing.assert_allclose([*losses(run).values()], [*losses(crowds / "whole").values()], rtol=1e-6)
 
 
+@ONE
 @trials(0, 6)
 def test_03_a_third_signal(folder, trial):
     """It leaves at once, with whatever was whole."""
@@ -102,6 +106,7 @@ cp -r "$run/." "$out"; exit $code
 """
 
 
+@ONE
 @trials(1, 12)
 def test_07_disk_full(folder, trial):
     """A disk in memory, of a few hundred kilobytes; where that is not allowed, files that may not grow."""
@@ -127,6 +132,7 @@ exec "$@"
 """
 
 
+@ONE
 @trials(1, 8)
 def test_07_read_only(folder, trial):
     run = folder / f"read-only {trial}"
@@ -140,6 +146,7 @@ def test_07_read_only(folder, trial):
     ends_as_if_nothing_had_happened(folder, run)
 
 
+@ONE
 @trials(1, 20)
 def test_08_two_runs_in_one_folder(folder, trial):
     """The second is refused by name; where the first was killed, its lock is nobody's."""
@@ -231,6 +238,7 @@ sys.exit(crowd.main())
 """
 
 
+@SEVERAL
 @trials(0, 48)
 def test_10_other_devices(crowds, saved, trial):
     """Saved on one mesh by so many processes, gone on with on another: the same batches, and so the same losses."""
@@ -244,6 +252,7 @@ def test_10_other_devices(crowds, saved, trial):
     shutil.rmtree(run)
 
 
+@SEVERAL
 @trials(0, 20)
 def test_13_a_process_that_is_lost(crowds, trial):
     """Killed after a random step: all leave within the heartbeat and five seconds, and the same command goes on."""
