@@ -12,13 +12,14 @@ def _overview() -> str:
     lines = [f"  {name:24}{describe(path)}" for name, path in config_files().items()]
     return (
         "usage: python train.py CONFIG[@SIZE] [--run FOLDER] [--resume auto|never|FOLDER] [--dry-run] "
-        "[--field value ...]\n\n"
+        "[--profile FIRST:LAST] [--field value ...]\n\n"
         "Trains a language model from a config: a name below, a .py file, or a run folder (its saved config).\n"
         "The same command goes on with a run that was stopped or killed.\n\n"
         "configs:\n" + "\n".join(lines) + "\n\n"
         "  python train.py CONFIG --help        every field of a config with its meaning and default\n"
         "  python train.py titans_lmm@340M      one of a config's other sizes, for those that have some\n"
         "  python train.py CONFIG --dry-run     its layers, parameters, state and compute, without training\n"
+        "  python train.py CONFIG --profile 20:22  a trace of steps 20 to 22, for xprof or Perfetto\n"
         "  python train.py quickstart --model.D 128 --train.steps 200 --run runs/small"
     )
 
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> int:
         options = parse(Options(experiment, run), arguments[1:], program=f"python train.py {arguments[0]}")
         processes.start(options.processes)
         with processes.ended_together(ConfigError, DataError, CheckpointError, OSError):
-            outcome = train(options.experiment, options.run, resume=options.resume, dry_run=options.dry_run)
+            asked = {name: getattr(options, name) for name in ("resume", "dry_run", "profile", "hung")}
+            outcome = train(options.experiment, options.run, **asked)
             if outcome["status"] == "done" and processes.first():
                 report(options.experiment, outcome, options.run)
                 look(outcome, options.run)

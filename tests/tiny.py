@@ -67,9 +67,18 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def trained(folder: Path, run: str, *, resume: str = "auto", console: Console | None = None, **changes: Any) -> Outcome:
+def trained(
+    folder: Path,
+    run: str,
+    *,
+    resume: str = "auto",
+    profile: str | None = None,
+    console: Console | None = None,
+    **changes: Any,
+) -> Outcome:
     """Trains in this process, in folder/run."""
-    return train(experiment(folder, **changes), folder / run, resume=resume, console=console or quiet())
+    made, console = experiment(folder, **changes), console or quiet()
+    return train(made, folder / run, resume=resume, profile=profile, console=console)
 
 
 LIMITED = """import os, resource, sys

@@ -25,7 +25,7 @@ from training.checkpoint import Checkpoints
 from training.log import METRICS, read
 
 ROOT = Path(__file__).resolve().parent.parent
-WALL_CLOCK = ("tokens_per_second", "mfu")
+WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
 MOMENTS = ("start", "step", "save", "evaluation")  # what a kill aims at; where it struck is told from what is left
 POLL_SECONDS = 0.001
 

@@ -60,6 +60,9 @@ class Options:
     resume: auto: go on where the folder has a run; never: refuse such a folder; or the folder of another run to begin
         from.
     dry_run: stop after the summary.
+    profile: steps to trace, such as 20:22, into RUN/profile, for xprof or Perfetto.
+    hung: seconds without the end of a step, after the first, at which the process ends; 0 for never. RUN/hung.txt then
+        says what it was at.
     processes: that train together.
     """
 
@@ -67,6 +70,8 @@ class Options:
     run: Path
     resume: str = "auto"
     dry_run: bool = False
+    profile: str | None = None
+    hung: float = 1800.0
     processes: Processes = Processes()
 
 

@@ -40,6 +40,7 @@ from training.program import build_model, build_program
 from training.step import shown
 from training.stop import Stop
 from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes, where
+from training.watch import Profiler, Times, Watchdog
 
 # Fields of the saved config that may be others when a run is resumed: none that says what is learnt, or from what.
 MAY_CHANGE = (
@@ -174,20 +175,29 @@ class Outcome(dict):
 
 
 def train(
-    experiment: Experiment, run: Path, *, resume: str = "auto", dry_run: bool = False, console: Console | None = None
+    experiment: Experiment,
+    run: Path,
+    *,
+    resume: str = "auto",
+    dry_run: bool = False,
+    profile: str | None = None,
+    hung: float = 0.0,
+    console: Console | None = None,
 ) -> Outcome:
     """Trains, or goes on training, in a folder.
 
     resume: "auto" goes on where the folder has a run; "never" refuses such a folder; another run's folder is where a
         folder without a run begins (what it has of its own goes on as with "auto", so that the same command resumes).
     dry_run: stop after the summary; nothing is written, except that text becomes a token store in the cache.
+    profile, hung: as for train.py (training/watch.py).
 
     Of several processes (training/processes.py) all call it with the same arguments; the first one speaks and writes.
     Its outcome alone has the model.
 
     Raises ConfigError, DataError or CheckpointError, each in one line.
     """
-    first = processes.first()
+    began, first = time.time(), processes.first()
+    profiler = Profiler(run, profile)
     console = (console or Console()) if first else Console(file=io.StringIO())
     meeting = processes.Meeting("run")
     source = _source(run, resume, experiment, console)
@@ -204,18 +214,34 @@ def train(
             Stop() as stop,
             Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
             Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) if first else NoLog() as log,
+            Watchdog(run, hung) as watchdog,
         ):
             state, start = _start(job, checkpoints, source, run, console)
             if first:
                 _write_atomically(run / "config.py", config)
                 if source not in (None, run) and (source / METRICS).is_file():
                     shutil.copyfile(source / METRICS, run / METRICS)
+            times = Times(run, began) if first else None
             log.rewind(start)
-            return _loop(job, state, start, stop, checkpoints, log, facts, run, console)
+            outcome = _loop(job, state, start, stop, checkpoints, log, facts, run, console, watchdog, profiler)
+            if times is not None:
+                outcome["goodput"] = times.end()
+                console.print(str(outcome["goodput"]), markup=False, highlight=False)
+            return outcome
 
 
 def _loop(
-    job: Job, state: Any, start: int, stop: Stop, checkpoints: Checkpoints, log: Log, facts: dict, run: Path, console
+    job: Job,
+    state: Any,
+    start: int,
+    stop: Stop,
+    checkpoints: Checkpoints,
+    log: Log,
+    facts: dict,
+    run: Path,
+    console: Console,
+    watchdog: Watchdog,
+    profiler: Profiler,
 ) -> Outcome:
     experiment, train = job.experiment, job.experiment.train
     tokens = experiment.data.B * experiment.data.T
@@ -227,7 +253,9 @@ def _loop(
         return job.feed(source[step])
 
     def held_out() -> Iterator[Any]:
-        return map(job.feed, job.dataset.held_out(train.eval_batches, job.share))
+        for batch in job.dataset.held_out(train.eval_batches, job.share):
+            watchdog.beat(step)
+            yield job.feed(batch)
 
     def save(step: int, metric: float | None = None) -> None:
         checkpoints.save(step, flatten_state(state), _meta(job, step), metric)
@@ -246,19 +274,27 @@ def _loop(
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         Progress(train.steps, start=start, console=console) as progress,
     ):
+        step = start
         ahead = reader.submit(read, min(start, train.steps - 1))
-        clock, counted = time.perf_counter(), start
+        clock, counted, compiling = time.perf_counter(), start, 0.0
         for step in range(start + 1, train.steps + 1):
             batch = ahead.result()
             if step < train.steps:
                 ahead = reader.submit(read, step)
+            profiler.before(step, state)
+            called = time.perf_counter()
             state, metrics = job.step(state, batch)
+            if step == start + 1:
+                compiling = time.perf_counter() - called
+            if traced := profiler.after(step, state):
+                progress.print(f"written: {traced}: steps {profiler.first} to {step}, for xprof or Perfetto")
             last = step == train.steps
             if logged := due(train.log_every, step) or last:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 seconds = time.perf_counter() - clock
                 values["learning_rate"] = float(rate(step - 1))
                 values["tokens"] = step * tokens
+                values["seconds"], compiling = seconds - compiling, 0.0
                 values["tokens_per_second"] = (step - counted) * tokens / seconds
                 if facts["peak"]:
                     values["mfu"] = values["tokens_per_second"] * facts["flops"] / facts["peak"]
@@ -281,6 +317,7 @@ def _loop(
                 evaluation = judge(step, progress)
                 metric = evaluation["loss"]
                 clock, counted = time.perf_counter(), step
+            watchdog.beat(step)
             asked = stop.after(step)
             if due(train.checkpoint_every, step) or last or asked:
                 save(step, metric)
