@@ -46,6 +46,13 @@ class Stage:
             raise ValueError("Stage.pattern is empty: give it at least one layer")
 
 
+POLICIES = {
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LM:
     """A language model on paper.
@@ -55,7 +62,8 @@ class LM:
     residual_scale: maps that write to the residual stream start at this factor of their own init; "depth" is one over
         the square root of the number of layers.
     scan_layers: run the repeats of a stage by a scan; "auto" does so when there are more than 8.
-    remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "block" (each repeat whole).
+    remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "offload" (the same, and the
+        products wait in the host's memory), "block" (each repeat whole).
     dtype: of activations and of matrix operands; parameters are float32.
     softcap: logits become softcap * tanh(logits / softcap).
     ngrams: embed the n-grams that end in a word together with the word; None for words alone.
@@ -71,7 +79,7 @@ class LM:
     norm_eps: float = 1e-6
     residual_scale: float | Literal["depth"] = "depth"
     scan_layers: Literal["auto", "always", "never"] = "auto"
-    remat: Literal["none", "dots", "block"] = "none"
+    remat: Literal["none", "dots", "offload", "block"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
     softcap: float | None = None
     ngrams: OverEncoding | None = None
@@ -285,8 +293,7 @@ class LanguageModel(nnx.Module):
             return put_back(tables, block)(x, tokens, states, keep, at_BN, prefix_BT)
 
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-            call = jax.checkpoint(call, policy=policy)
+            call = jax.checkpoint(call, policy=POLICIES[config.remat])
 
         if scan and not isinstance(blocks, nnx.List):
             own, block_of = _own(blocks)

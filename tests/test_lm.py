@@ -107,6 +107,7 @@ VARIANTS = {
     "apart": {"unstacked": True},
     "scan, blocks recomputed": {"scan_layers": "always", "remat": "block"},
     "all but products recomputed": {"remat": "dots"},
+    "scan, products on the host": {"scan_layers": "always", "remat": "offload"},
 }
 
 
