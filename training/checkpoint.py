@@ -365,7 +365,12 @@ class Checkpoints:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sums[META]:
             raise DamagedError(f"{META} differs from its digest in {SUMS}")
-        record = json.loads(content)
+        try:
+            record = json.loads(content)
+        except (ValueError, RecursionError):
+            raise DamagedError(f"{META} is not JSON") from None
+        if not isinstance(record, dict):
+            raise DamagedError(f"{META} is no record")
         if record.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {record.get('format')}; this version reads format {FORMAT}")
         return record
