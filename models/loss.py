@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.layer import Tokens, take
-from layers.ops.place import held, place
+from layers.ops.place import SEQUENCE, held, place, sizes
 from models.lm import LanguageModel, Skip
 
 ASK_NOTHING = -100  # the label of a position that is not asked
@@ -75,21 +75,23 @@ def score(model: LanguageModel, hidden_BTD: Array, labels_BT: Array, *, limit: i
         hit = (best == label).astype(logits.dtype)
         return Scores(only(log_z - chosen), only(hit), only(log_z**2), asked.astype(logits.dtype), labels_BT, best)
 
-    size = max(limit // held("BW", (B, model.config.W)), 1)  # positions of every row at once
-    if size >= T:
+    pieces = -(-held("BTW", (B, T, model.config.W)) // limit)
+    if pieces <= 1:
         return part(hidden_BTD, labels_BT)
-    pieces = -(-T // size)
+    # A piece is every so many-th position of each row: where tokens lie over devices, all have a share of every piece.
+    own = T // sizes().get(SEQUENCE, 1)
+    pieces = next((n for n in range(pieces, 2 * pieces) if own % n == 0), min(pieces, T))
     size = -(-T // pieces)
 
     def cut(x: Array, filler: int) -> Array:
         x = jnp.pad(x, [(0, 0), (0, pieces * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=filler)
-        return jnp.moveaxis(x.reshape(B, pieces, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(B, size, pieces, *x.shape[2:]), 2, 0)
 
     words_WD = place(model.words(), "WD")  # sent to all devices once, and not for each piece; their gradient, too
     body = jax.checkpoint(lambda words_WD, xs: part(xs[0], xs[1], words_WD))
     cuts = cut(hidden_BTD, 0), cut(labels_BT, ASK_NOTHING)
     scores = jax.lax.map(functools.partial(body, words_WD), cuts)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T], scores)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, -1)[:, :T], scores)
 
 
 def shares(labels_BT: Array, ahead_BT: Array, masked: float) -> tuple[Array, Array]:

@@ -15,9 +15,12 @@ from test_laws import name
 
 import layers
 from layers.conv import ShortConv
+from layers.mlp import MLP
 from layers.ops.attention import attention
 from layers.ops.place import on
 from layers.ops.recurrence import recurrence
+from models.lm import LM, Stage
+from models.loss import score
 from training.experiment import Mesh
 from training.layout import build_layout
 
@@ -144,6 +147,24 @@ def test_heads_that_a_mesh_does_not_divide_stay_together():
     q, k, v = normal(0, B, T, H, K), normal(1, B, T, 1, K), normal(2, B, T, 1, V)
     want, got, _ = both(lambda q, k, v: attention(q, k, v, window=9), q, k, v)
     same_tree(got, want, "four pieces against one")
+
+
+def test_a_loss_that_is_taken_in_pieces():
+    """Each device has a share of every piece, and what is sent has no tokens."""
+    model = LM(W=52, D=8, stages=(Stage((MLP(),)),)).build(rngs=nnx.Rngs(0))
+    labels = np.random.default_rng(1).integers(0, 52, (B, T)).astype(np.int32)
+    shape, weights = jax.tree.structure(model), [np.asarray(w, np.float64) for w in jax.tree.leaves(model)]
+
+    def read(hidden, *weights):
+        scores = score(jax.tree.unflatten(shape, weights), hidden, labels, limit=B * T * 52 // 40)
+        return scores.nll, scores.squared_log_z
+
+    want, got, program = both(read, normal(0, B, T, 8), *weights)
+    same_tree(got, want, "four pieces against one")
+    whole = jax.jit(lambda hidden: score(model, hidden, labels)[0])(normal(0, B, T, 8).astype(np.float32))
+    np.testing.assert_allclose(want[0][1][0], whole, rtol=1e-4)
+    assert not sent(program) & {T, T // 4, 8 * T}
+    assert "while" in program.as_text()
 
 
 def examples():
