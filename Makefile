@@ -38,8 +38,10 @@ test-faults: env  ## the whole fault matrix, a thousand trials (an hour); writes
 	$(BIN)/python -m pytest -m "not slow" --timeout 1800 --faults-report results/faults.md \
 	  tests/test_faults.py tests/test_faults_outside.py tests/test_faults_processes.py
 
+# Most of its time is compiling: without tuning kernels, by several workers that share the card's memory.
 test-gpu: env  ## the tests that need a GPU (after ACCELERATOR=cuda)
-	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -n 0 -m gpu --timeout 1800
+	JAX_PLATFORMS=cuda,cpu XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	  $(BIN)/python -m pytest -n 8 -m gpu --timeout 1800
 
 test-aot: env  ## compile for TPUs that are not there (after ACCELERATOR=tpu; needs no TPU)
 	$(BIN)/python -m pytest -n 0 -m aot --timeout 1800
