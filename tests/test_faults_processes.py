@@ -222,7 +222,7 @@ def saved(crowds):
             for process in told:
                 _, said = process.communicate(timeout=200)
                 assert process.returncode == 128 + signal.SIGTERM, said
-            assert newest(run).name == "00000004"
+            assert 4 <= int(newest(run).name) < 10  # several leave together, some steps later
         return made[mesh, count]
 
     return of

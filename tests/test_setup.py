@@ -138,3 +138,9 @@ def test_no_file_names_a_machine_or_a_registry():
     assert {ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "layers" / "layer.py"} <= set(files)
     traces = {p: MACHINE.search(p.read_bytes().decode("utf-8", errors="replace")) for p in files}
     assert not [f"{p.relative_to(ROOT)}: {match[0]}" for p, match in traces.items() if match]
+
+
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_stay_together(request):
+    """Several workers tell a group by the name of its tests; a plugin that is too old for pytest says nothing."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@together")
