@@ -156,3 +156,11 @@ def test_a_process_says_the_same_and_no_more(place):
     done = tiny.run(place / "tiny.py", "--model.DD", 32)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: there is no field --model.DD") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves(place):
+    """`python train.py --help | head`: no traceback."""
+    process = tiny.start("--help")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+    process.stderr.close()

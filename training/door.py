@@ -1,5 +1,6 @@
 """What the commands' doors have in common: an error is a line on standard error, and so is an interruption."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,7 +15,12 @@ def failed(error: object, status: int = 2) -> int:
 def enter(main: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Calls a door's `main` with the command line. interrupted: what is said, after that word, at Ctrl-C."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         print(f"\ninterrupted{interrupted}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read has left, as `head` does: without a word, as other tools end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
+        sys.exit(141)
