@@ -51,6 +51,7 @@ PROMISES = {
     14: "a tracker or a disk for logs that fails: training is unaffected, one warning",
     15: "nothing in it runs, nothing outside is read, one line",
     16: "goes on, with the losses of today",
+    17: "by a day, forward or back, at any step: nothing changes",
 }
 
 

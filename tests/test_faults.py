@@ -6,7 +6,9 @@ that need processes of their own are in test_faults_processes.py.
 
 import dataclasses
 import logging
+import re
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -286,3 +288,17 @@ def test_11_numbers_that_are_not(fused, trial, monkeypatch):
     for name, x in jax.device_get(state["params"]).items():
         assert x.tobytes() == found[f"params/{name}"].tobytes(), name
     shutil.rmtree(run)
+
+
+# 17: the clock.
+
+
+@trials(1, 10)
+def test_17_a_clock_that_jumps(folder, trial, monkeypatch):
+    draw, run = np.random.default_rng(trial), folder / f"jumped {trial}"
+    now, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + shift[0])
+    with on_line(int(draw.integers(1, 19)), lambda: shift.__setitem__(0, (-1) ** trial * 86_400.0)):
+        outcome = trained(folder, run.name)
+    assert outcome["status"] == "done" and difference(folder / "whole", run) is None
+    assert re.fullmatch(r"goodput (\d+%|-): .*", str(outcome["goodput"])), outcome["goodput"]

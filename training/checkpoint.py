@@ -46,6 +46,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or none that can be used; the message is meant for the user."""
 
 
+# Orbax tells the time by the wall's clock: a save under way when that was set ahead would have failed. One that truly
+# hangs is the watchdog's (training/watch.py).
+PATIENCE = 20 * 86_400  # seconds; in milliseconds an int32, which barriers take
+
+
 class Checkpoints:
     """The checkpoints of one run: saved in the background, verified before they are read.
 
@@ -214,7 +219,8 @@ class Checkpoints:
 
             # Weights hardly compress (12% here, for half as much CPU time again).
             hush()
-            self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+            handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+            self._orbax = ocp.AsyncCheckpointer(handler, async_options=ocp.AsyncOptions(timeout_secs=PATIENCE))
         return self._orbax
 
     def _not_saved(self, step: int, error: BaseException) -> CheckpointError:

@@ -112,7 +112,7 @@ class Goodput:
 
     def __str__(self) -> str:
         cut = f", {self.cut} cut short" if self.cut else ""
-        share = f"{100 * min(1.0, self.steps / self.alive):.0f}%" if self.alive else "-"
+        share = f"{100 * min(1.0, self.steps / self.alive):.0f}%" if self.alive > 0 else "-"  # a clock was set back
         return (
             f"goodput {share}: {_time(self.steps)} of {_time(self.alive)} in steps that count "
             f"({self.starts} start{'s' * (self.starts != 1)}{cut})"
