@@ -63,15 +63,18 @@ class WordsDataset(Dataset):
         yield self.batch(1, 0)
 
 
-def losses(mixer: LayerConfig, mesh: Mesh) -> list[float]:
+def losses(mixer: LayerConfig, mesh: Mesh, double: bool = False) -> list[float]:
     model = LM(W=WORDS, D=64, stages=(Stage((mixer, MLP(F=64))),))
     # An eps that differences of rounding in the gradient do not pass.
     adam = AdamW(lr=1e-2, eps=1e-2, schedule=Schedule(warmup=0, shape="constant"))
     job = prepare(Experiment("Losses.", model, Words(), adam, mesh=mesh))
     state, said, batch = job.init(), [], job.dataset.batch(0, 0)  # always the same, to be learnt by heart
-    for _ in range(STEPS):
-        state, metrics = job.step(state, batch)
-        said.append(float(metrics["loss"]))
+    with jax.enable_x64(double):
+        if double:
+            state = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, state)
+        for _ in range(STEPS):
+            state, metrics = job.step(state, batch)
+            said.append(float(metrics["loss"]))
     return said
 
 
@@ -94,6 +97,7 @@ def main() -> None:
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     about.add_argument("--layers", nargs="+", default=None, help="names of classes; default: all")
     about.add_argument("--folder", type=Path, default=Path("results/meshes"))
+    about.add_argument("--double", action="store_true", help="in float64, in a folder of its own")
     asked = about.parse_args()
     jax.config.update("jax_platforms", "cpu")  # nothing has asked for devices yet
     jax.config.update("jax_num_cpu_devices", 8)
@@ -108,7 +112,7 @@ def main() -> None:
         for name, mesh in MESHES.items():
             if (layer, name) in known or (asked.layers and layer not in asked.layers):
                 continue
-            row = {"layer": layer, "mesh": name, "losses": losses(cls.examples()[0], mesh)}
+            row = {"layer": layer, "mesh": name, "losses": losses(cls.examples()[0], mesh, asked.double)}
             rows.append(row)
             with ledger.open("a") as file:
                 file.write(json.dumps(row) + "\n")
