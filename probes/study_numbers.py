@@ -17,6 +17,7 @@ Setting = tuple[float, float | None, float]  # Numbers.setting
 Said = Literal["seen", "not seen", "the opposite", "not testable here", "not trained yet"]
 VERDICTS: tuple[Said, ...] = ("seen", "not seen", "the opposite", "not testable here", "not trained yet")
 CEILING = 0.99  # an accuracy from which on cells are not told apart
+FAR = 0.1  # in accuracy: two that guess do not differ by so much in every seed
 NEAR = 0.02  # above guessing, by which an accuracy is still taken for guessing
 ROUND = 1e-9  # what the last digits of a sum may miss
 
@@ -221,7 +222,9 @@ def _verdict(claim: Claim, by_name: Mapping[str, Result]) -> Verdict:
     if not math.isnan(bars[0]):  # an accuracy
         if min(means) >= CEILING - ROUND:
             return verdict("not testable here", f"both reach {CEILING:.0%} and more")
-        if all(value <= bar + NEAR + ROUND for value, bar in zip(means, bars, strict=True)):
+        # What is guessed without the key may itself be remembered: where all seeds differ by far, one remembers more.
+        apart = min(differences) > FAR or max(differences) < -FAR
+        if not apart and all(value <= bar + NEAR + ROUND for value, bar in zip(means, bars, strict=True)):
             return verdict("not testable here", "both are no better than guessing")
     if min(differences) > 0 and mean(differences) >= claim.least - ROUND:
         return verdict("seen")

@@ -177,6 +177,7 @@ def test_steps_to_the_goal_are_medians_of_those_that_reached_it():
         ((0.60, 0.70), (0.50, 0.55), {"least": 0.2}, "not seen"),
         ((0.995, 1.0), (0.99, 0.99), {}, "not testable here"),  # both at the ceiling
         ((0.995, 1.0), (0.97, 0.98), {}, "seen"),
+        ((0.18, 0.17), (0.02, 0.03), {}, "seen"),  # nor better than that, but not both alike
         ((0.20, 0.20), (0.10, 0.10), {}, "not testable here"),  # guessing: (1/4 + 1/8) / 2 = 0.1875, and 0.02 more
         ((0.22, 0.22), (0.10, 0.10), {}, "seen"),
         ((0.9, 0.9), (0.1, 0.1), {"untestable": "too small a model"}, "not testable here"),
