@@ -183,24 +183,10 @@ def torch() -> Callable[..., Loaded]:
         temp = (torch.cuda.max_memory_allocated() - before) / 1e6
         return Loaded(burst(one), outputs, {"temp_mb": temp, "calls": BURST})
 
-    def titans(mode: str, B: int, T: int, D: int, H: int, C: int) -> Loaded:
-        from titans_pytorch import MemoryMLP, NeuralMemory
+    def titans(**options: Any) -> Loaded:
+        from benchmarks import contestants_titans
 
-        torch.manual_seed(0)
-        model = MemoryMLP(D // H, depth=2, expansion_factor=4.0)
-        memory = NeuralMemory(dim=D, dim_head=D // H, heads=H, chunk_size=C, model=model).cuda()
-        x = torch.randn(B, T, D, device="cuda", requires_grad=mode != "fwd")
-
-        def one() -> Any:
-            if mode == "fwd":
-                with torch.no_grad():
-                    return memory(x)[0]
-            for parameter in (x, *memory.parameters()):
-                parameter.grad = None
-            y = memory(x)[0]
-            y.square().sum().backward()
-            return y
-
+        one = contestants_titans.load(device="cuda", **options).run
         return Loaded(burst(one, 1), dict, {"calls": 1})
 
     def load(kind: str, **options: Any) -> Loaded:

@@ -13,12 +13,12 @@ import torch
 from titans_pytorch import MemoryMLP, NeuralMemory
 
 
-def load(mode: str, B: int, T: int, D: int, H: int, C: int) -> Loaded:
+def load(mode: str, B: int, T: int, D: int, H: int, C: int, device: str = "cpu") -> Loaded:
     """Width D, H heads, a memory of two matrices of expansion 4, momentum and decay, steps of C tokens."""
     torch.manual_seed(0)
     model = MemoryMLP(D // H, depth=2, expansion_factor=4.0)
-    memory = NeuralMemory(dim=D, dim_head=D // H, heads=H, chunk_size=C, model=model)
-    x = torch.randn(B, T, D, requires_grad=mode != "fwd")
+    memory = NeuralMemory(dim=D, dim_head=D // H, heads=H, chunk_size=C, model=model).to(device)
+    x = torch.randn(B, T, D, device=device, requires_grad=mode != "fwd")
 
     def run():
         if mode == "fwd":

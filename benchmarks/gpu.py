@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from benchmarks import cases, peers, report
+from benchmarks.cpu import option
 from benchmarks.pair import ROOT, Contestant, Failed, interleave, relative
 from benchmarks.report import Row, at_least
 
@@ -47,6 +48,7 @@ class Lane(NamedTuple):
     ours: Contestant
     torch: Contestant | None
     missing: str
+    options: dict[str, str | int]  # given to our operations, e.g. chunk
 
 
 def operation(op: str, lane: Lane) -> Iterator[Row]:
@@ -69,15 +71,15 @@ def _operation(lane: Lane, op: str, mode: str, inputs: str, B: int, T: int, row:
     lane.ours.load("judge", **asked, **small, judge=True)
     judge = lane.ours.outputs("judge", lane.folder)
 
-    def error(who: Contestant) -> float:
-        who.load("small", **asked, **small)
+    def error(who: Contestant, **options: Any) -> float:
+        who.load("small", **asked, **small, **options)
         found = who.outputs("small", lane.folder)
         return max(relative(found[name], judge[name]) for name in judge)
 
-    mine = error(lane.ours)
+    mine = error(lane.ours, **lane.options)
     if mine > TOLERANCE:
         raise Failed(f"accuracy gate: {mine:.1e} of the definition")
-    facts = lane.ours.load("whole", **asked, **whole)
+    facts = lane.ours.load("whole", **asked, **whole, **lane.options)
     row = replace(row, error=mine, temp_mb=facts["temp_mb"], compile_s=facts["compile_s"])
     try:
         if lane.torch is None:
@@ -162,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"comma-separated: {', '.join(tasks())}")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds a row (default 5)")
+    parser.add_argument("--ours", type=option, nargs="*", default=[], help="options of our operations, e.g. chunk=128")
     parser.add_argument("--torch-python", help="an interpreter with the peers (default: that of make bench-peers)")
     parser.add_argument("--output", type=Path, help="default, for a full run: results/bench_gpu.md")
     arguments = parser.parse_args()
@@ -187,7 +190,7 @@ def main() -> None:
                 versions.update(torch.versions)
             except Failed as why:
                 missing = str(why)
-        lane = Lane(Path(folder), arguments.rounds, ours, torch, missing)
+        lane = Lane(Path(folder), arguments.rounds, ours, torch, missing, dict(arguments.ours))
         for name in selected:
             for row in tasks()[name](lane):
                 rows.append(row)

@@ -163,10 +163,9 @@ def on_line(step: int, do: Callable[[], Any]) -> Iterator[None]:
         yield
 
 
-def send(*kinds: signal.Signals) -> None:
+def send(kind: signal.Signals) -> None:
     """To this very process."""
-    for kind in kinds:
-        os.kill(os.getpid(), kind)
+    os.kill(os.getpid(), kind)
 
 
 # Numbers.

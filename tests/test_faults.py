@@ -258,13 +258,10 @@ def test_11_numbers_that_are_not(fused, trial, monkeypatch):
     kind, times = SPOILT[trial % len(SPOILT)]
     (token,) = tiny.experiment(fused).data.build().encode("Z")
 
-    def experiment(kind: str):
-        layers = (LinearAttention(H=2, K=4, V=8), Fuse(int(token), kind, times), MLP())
-        model = LM(W=257, D=16, stages=(Stage(layers),))
-        return tiny.experiment(fused, model=model, train__seed=trial // len(SPOILT), train__eval_every=0)
-
+    layers = (LinearAttention(H=2, K=4, V=8), Fuse(int(token), kind, times), MLP())
+    model = LM(W=257, D=16, stages=(Stage(layers),))
+    made = tiny.experiment(fused, model=model, train__seed=trial // len(SPOILT), train__eval_every=0)
     monkeypatch.setattr(settings, "render", lambda experiment: "")  # a layer of the tests has no place in a config
-    made = experiment(kind)
     job = runs.prepare(made)
     state, bad = job.init(), []
     for step in range(made.train.steps):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def half(folder, tmp_path):
 
 def slow(folder, monkeypatch, trial):
     batch = TextDataset.batch
-    monkeypatch.setattr(TextDataset, "batch", lambda *a: (__import__("time").sleep(0.02), batch(*a))[1])
+    monkeypatch.setattr(TextDataset, "batch", lambda *a: (time.sleep(0.02), batch(*a))[1])
 
 
 def an_empty_document(folder, monkeypatch, trial):
@@ -259,6 +260,7 @@ def test_15_a_strangers_words(folder, tmp_path, trial, monkeypatch, capsys):
 # 16: what earlier versions left.
 
 OLD = sorted((Path(__file__).parent / "golden" / "old_runs").glob("*.tar.xz"))
+assert OLD, "there is no older run to go on with"  # or pytest would skip the test
 
 
 @pytest.mark.parametrize("archive", OLD, ids=lambda path: path.name.partition(".")[0])

@@ -189,8 +189,8 @@ def arguments(folder: Path, run: Path, mesh: Mesh = LAYOUTS[0]) -> list[object]:
     return [config, "--run", run]
 
 
-def started(folder: Path, run: Path, count: int, *, until: int, mesh: Mesh = LAYOUTS[0], more: tuple = ()) -> Crowd:
-    crowded = Crowd(count, 8 // count, *arguments(folder, run, mesh), *more)
+def started(folder: Path, run: Path, count: int, *, until: int, more: tuple = ()) -> Crowd:
+    crowded = Crowd(count, 8 // count, *arguments(folder, run), *more)
     while all(p.poll() is None for p in crowded.processes) and len(losses(run)) < until:
         time.sleep(0.01)
     return crowded

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
+from faults import on_line, send
 from tiny import ROOT, config_file, quiet, trained
 
 from training import run as runs
 from training.checkpoint import CheckpointError
 from training.faults import difference, look, survive
 from training.lock import RunLock
-from training.log import Log, read
+from training.log import read
 from training.settings import ConfigError, load
 
 pytestmark = pytest.mark.xdist_group("runs")  # one worker: the undisturbed runs are trained once
@@ -50,15 +51,7 @@ def copy(folder, tmp_path):
 
 def signal_at(step: int, kind: signal.Signals, train) -> runs.Outcome:
     """Trains, and sends the signal to this very process when the step has been logged."""
-    write = Log.write
-
-    def then_signal(self, at, metrics):
-        write(self, at, metrics)
-        if at == step and "kind" not in metrics:
-            os.kill(os.getpid(), kind)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Log, "write", then_signal)
+    with on_line(step, lambda: send(kind)):
         return train()
 
 

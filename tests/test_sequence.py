@@ -156,9 +156,8 @@ def test_a_loss_that_is_taken_in_pieces():
     shape, weights = jax.tree.structure(model), [np.asarray(w, np.float64) for w in jax.tree.leaves(model)]
 
     def read(hidden, *weights):
-        scores = score(
-            jax.tree.unflatten(shape, weights), hidden, labels, limit=156
-        )  # five pieces of twelve, and forty on one device
+        # Five pieces of twelve, and forty on one device.
+        scores = score(jax.tree.unflatten(shape, weights), hidden, labels, limit=156)
         return scores.nll, scores.squared_log_z
 
     want, got, program = both(read, normal(0, B, T, 8), *weights)

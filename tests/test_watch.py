@@ -40,6 +40,18 @@ def test_steps_that_are_none(tmp_path, words):
     assert "\n" not in str(caught.value)
 
 
+def test_steps_that_are_not_left(folder):
+    with pytest.raises(ConfigError, match="profile is '6:7', but steps 1 to 5 are left of this run: name some of"):
+        tiny.trained(folder, "short", profile="6:7", train__steps=5)
+    with pytest.raises(ConfigError, match="profile is '3:4', but no step is left of this run"):
+        tiny.trained(folder, "traced", profile="3:4", train__steps=5)
+
+
+def test_a_trace_that_the_run_does_not_see_the_end_of(folder):
+    tiny.trained(folder, "cut", profile="4:9", train__steps=5)
+    assert list((folder / "cut" / "profile").rglob("*.xplane.pb"))
+
+
 STUCK = """
 import sys, time
 from training.data import TextDataset

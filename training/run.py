@@ -215,8 +215,10 @@ def train(
             Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
             Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) if first else NoLog() as log,
             Watchdog(run, hung) as watchdog,
+            profiler,
         ):
             state, start = _start(job, checkpoints, source, run, console)
+            profiler.check(start, asked.steps)
             if first:
                 _write_atomically(run / "config.py", config)
                 if source not in (None, run) and (source / METRICS).is_file():

@@ -27,7 +27,7 @@ HUNG = 70  # exit status
 class Profiler:
     """Traces steps FIRST to LAST of "FIRST:LAST" into RUN/profile: for xprof, and perfetto_trace.json.gz for Perfetto.
 
-    Raises ConfigError for words that are no such steps.
+    Raises ConfigError for words that are no such steps. What is traced when a run leaves is written, too.
     """
 
     def __init__(self, run: Path, steps: str | None):
@@ -38,6 +38,20 @@ class Profiler:
         if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
             raise ConfigError(f"profile is {steps!r}: give the first and the last step to trace, such as 20:22")
         self.first, self.last = int(first), int(last)
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+
+    def check(self, start: int, steps: int) -> None:
+        """Raises ConfigError where steps start + 1 to `steps` are left, and the first to trace is none of them."""
+        if self.first and not start < self.first <= steps:
+            left = f"steps {start + 1} to {steps} are left" if start < steps else "no step is left"
+            raise ConfigError(f"profile is '{self.first}:{self.last}', but {left} of this run: name some of those")
 
     def before(self, step: int, state: Any) -> None:
         if step == self.first:
