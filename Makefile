@@ -34,7 +34,7 @@ test: lint  ## lint, types and the test suite
 test-slow: env  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu and not aot and not faults" --timeout 1800
 
-test-faults: env  ## the whole fault matrix, a thousand trials (an hour); writes results/faults.md
+test-faults: env  ## the whole fault matrix, a thousand trials (forty minutes); writes results/faults.md
 	$(BIN)/python -m pytest -m "not slow" --timeout 1800 --faults-report results/faults.md \
 	  tests/test_faults.py tests/test_faults_outside.py tests/test_faults_processes.py
 

@@ -64,7 +64,7 @@ def environment(devices: int, **more: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(xla),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "PYTHONPATH": str(tiny.ROOT),
+        "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / "tests")]),
         **more,
     }
 
@@ -82,7 +82,7 @@ class Crowd:
     """Processes that train together: Crowd(2, 4, config, "--run", run) is two with four devices each.
 
     variables: of the environment, by index, instead of flags that join them. largest_file: that some may write, by
-    index. more: arguments of some, by index.
+    index. more: arguments of some, by index. program: Python to run in place of this file; it calls `main`.
     """
 
     def __init__(
@@ -93,10 +93,12 @@ class Crowd:
         variables: Callable[[int], dict[str, str]] | None = None,
         largest_file: dict[int, int] | None = None,
         more: dict[int, list[str]] | None = None,
+        program: str | None = None,
     ):
         place, self.processes = f"127.0.0.1:{port()}", []
         for index in range(count):
-            words = [sys.executable, __file__, *map(str, arguments), *(more or {}).get(index, [])]
+            start = [__file__] if program is None else ["-c", program]
+            words = [sys.executable, *start, *map(str, arguments), *(more or {}).get(index, [])]
             if variables is None and count > 1:
                 words += ["--processes.coordinator", place, f"--processes.count={count}", f"--processes.index={index}"]
             if index in (largest_file or {}):

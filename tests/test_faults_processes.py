@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -209,19 +208,8 @@ def saved(crowds):
     def of(mesh: Mesh, count: int) -> Path:
         if (mesh, count) not in made:
             run = made[mesh, count] = crowds / f"saved {len(made)}"
-            code = "import sys, crowd, signal, os, training.log as log\n" + STOPS
-            given = arguments(crowds, run, mesh)
-            place, env = f"127.0.0.1:{crowd.port()}", crowd.environment(8 // count)
-            env["PYTHONPATH"] = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
-            told = []
-            for index in range(count):
-                join = [f"--processes.coordinator={place}", f"--processes.count={count}", f"--processes.index={index}"]
-                words = [sys.executable, "-c", code, *map(str, given), *(join if count > 1 else [])]
-                told.append(subprocess.Popen(words, cwd=tiny.ROOT, env=env, stderr=subprocess.PIPE, text=True,
-                                             stdout=subprocess.DEVNULL))  # fmt: skip
-            for process in told:
-                _, said = process.communicate(timeout=200)
-                assert process.returncode == 128 + signal.SIGTERM, said
+            for ended in Crowd(count, 8 // count, *arguments(crowds, run, mesh), program=STOPS).ended():
+                assert ended.status == 128 + signal.SIGTERM, ended.err
             assert 4 <= int(newest(run).name) < 10  # several leave together, some steps later
         return made[mesh, count]
 
@@ -229,6 +217,10 @@ def saved(crowds):
 
 
 STOPS = """
+import os, signal, sys
+import crowd
+from training import log
+
 def then(self, step, metrics, write=log.Log.write):
     write(self, step, metrics)
     if step == 4 and "kind" not in metrics:
