@@ -16,14 +16,19 @@ from test_laws import name
 import layers
 from layers.conv import ShortConv
 from layers.mlp import MLP
+from layers.ops import fast_weights as fw
 from layers.ops.attention import attention
+from layers.ops.chunk_select import Near, chunk_attention
+from layers.ops.memory_forms import Rule
 from layers.ops.place import on
 from layers.ops.recurrence import recurrence
+from layers.ops.test_time import Gate, test_time_memory
 from models.lm import LM, Stage
 from models.loss import score
 from training.experiment import Mesh
 from training.layout import build_layout
 
+test_time_memory.__test__ = False  # it is no test
 T, H, K, V = 60, 4, 6, 10  # pieces of 15
 # A document that goes on behind padding, also over an edge; starts within pieces and on an edge; an end of padding.
 POS = np.stack([pad(places(T), (13, 17), (40, 42)), pad(places(T, 20, 30, 33), (55, 60))]).astype(np.int32)
@@ -35,8 +40,9 @@ def four():
     return build_layout(Mesh(data=1, sequence=4, model=2), B, T).mesh
 
 
-def both(function, *arrays):
+def both(function, *arrays, mesh=None):
     """(results and slopes in all arrays, of one device; the same of tokens on four, heads on two; that program)"""
+    mesh = mesh or four()
     rng = np.random.default_rng(9)
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda a: rng.normal(size=a.shape), jax.eval_shape(function, *arrays))
@@ -49,18 +55,18 @@ def both(function, *arrays):
             return jax.value_and_grad(weighed, tuple(range(len(arrays))), has_aux=True)(*arrays)
 
         def spread(*arrays):
-            with on(four()):
+            with on(mesh):
                 return slopes(*arrays)
 
-        by_tokens = [jax.tree.map(lies, tree) for tree in (arrays, jax.eval_shape(slopes, *arrays))]
+        by_tokens = [jax.tree.map(lambda a: lies(a, mesh), tree) for tree in (arrays, jax.eval_shape(slopes, *arrays))]
         program = jax.jit(spread, in_shardings=by_tokens[0], out_shardings=by_tokens[1]).lower(*arrays).compile()
         return jax.jit(slopes)(*arrays), program(*jax.device_put(arrays, by_tokens[0])), program
 
 
-def lies(a):
+def lies(a, mesh):
     """Tokens over devices, and heads, of what has them."""
     axes = [{T: "sequence", H: "model"}.get(n) for n in a.shape]
-    return NamedSharding(four(), P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
+    return NamedSharding(mesh, P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
 
 
 def sent(program) -> set[int]:
@@ -166,6 +172,48 @@ def test_a_loss_that_is_taken_in_pieces():
     np.testing.assert_allclose(want[0][1][0], whole, rtol=1e-4)
     assert sent(program) <= {1, B, 3, 8, 26, 52}  # rows, a share of a piece, widths, words
     assert "while" in program.as_text()
+
+
+@pytest.mark.parametrize(
+    "axes, turned", [((2, 2), True), ((2, 4), True), ((4, 2), False)], ids=["heads", "rows", "neither"]
+)
+def test_a_memory_that_is_read_in_order(axes, turned):
+    """Four heads over sequence x model, or else two rows over sequence: then nothing is sent within a chunk."""
+    pieces, model = axes
+    mesh = build_layout(Mesh(data=1, sequence=pieces, model=model), B, T).mesh
+    q, k, v, lr = normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, K), normal(3, B, T, H, 1) ** 2 / 20
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    first, last, scale = normal(4, H, K, 11) / 3, normal(5, H, 11, K) / 3, normal(6, H, K)
+    rule = Rule(fw.network("mlp", 2), fw.l2, chunk=7)
+
+    def read(q, k, v, lr, first, last, scale):
+        gates = {name: Gate(lr, -lr) for name in ("w0", "w1")}
+        outer = {"scale": scale, "shift": scale}
+        return test_time_memory(rule, q, k, v, gates, ({"w0": first, "w1": last}, None), outer, pos=POS)[0]
+
+    want, got, program = both(read, q, k, v, lr, first, last, scale, mesh=mesh)
+    same_tree(got, want, "pieces against one")
+    assert (7 not in sent(program)) == turned
+
+
+@pytest.mark.parametrize("weight", ["product", "union", "gated"])
+def test_chunks_that_queries_choose(weight):
+    """The text is sent; a device reads for its own queries, a block of five after the other."""
+    N, G, F = 20, (1 if weight == "product" else H), (9 if weight == "product" else K)
+    q, ask, summary = normal(0, B, T, H, K), normal(1, B, T, G, F), normal(2, B, N, G, F)
+    text, content = [normal(3 + i, B, H, T, K) for i in range(4)], normal(7, B, N, H, K)
+    last = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    first, upto = np.maximum(last - 4, 0), last // 3
+
+    def read(q, ask, summary, content, *text):
+        how = {"weight": weight, "implementation": "chunked", "block": 5, "reach": 5, "content_BNHV": content}
+        near = Near(*text[2:], first, last)
+        found = chunk_attention(q, *text[:2], ask, summary, upto // 2, upto, chunk=3, top=2, near=near, **how)
+        return [y for y in found if y is not None]
+
+    want, got, program = both(read, q, ask, summary, content, *text)
+    same_tree(got, want, "four pieces against one")
+    assert 5 not in sent(program)
 
 
 def examples():

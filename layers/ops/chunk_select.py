@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from layers.ops.chunk_loop import write
+from layers.ops.place import MODEL, sizes
 from layers.ops.precision import HIGHEST, wide
 from layers.ops.routing import largest
+from layers.ops.sequence import by_pieces, in_pieces
 
 FETCHED = 2**22  # numbers that a block of queries fetches, about: 16 MB
 LONGEST = 128  # queries in a block
@@ -238,7 +240,7 @@ def chunk_attention(
     Of equal scores the first chunk is chosen. Softmaxes and sums are float32 (float64 for float64 inputs). The choice
     has no gradient, so that ask and summary have none under union.
     """
-    (B, T, H, K), (S, V), (N, G) = q_BTHK.shape, v_BHSV.shape[2:], summary_BNGF.shape[1:3]
+    (B, T, H, _), S, (N, G) = q_BTHK.shape, v_BHSV.shape[2], summary_BNGF.shape[1:3]
     if G not in (1, H) or N < 1 or S < chunk * (N if begin_BN is None else 1):
         raise ValueError(f"chunk_attention: {N} chunks of {chunk} in {S} slots, {G} scores for {H} heads: do not fit")
     if (weight != "product" and near is None) or (weight == "gated" and content_BNHV is None):
@@ -255,21 +257,8 @@ def chunk_attention(
     sight = (nothing_BT, nothing_BT) if near is None else (near.first_BT, near.last_BT)
     asked = _Asked(q_BTHK, ask_BTGF, from_BT, upto_BT, *sight)
     how = _How(chunk, min(top, N), weight, reach, implementation == "naive")
-    if block is None:
-        block = min(max(FETCHED // (B * how.top * chunk * H * (K + V)), 1), LONGEST)
-    if how.dense or block >= T:
-        return _read(text, asked, how)
-    turns = -(-T // block)
-
-    def cut(a: Array, fill: int) -> Array:
-        a = jnp.pad(a, ((0, 0), (0, turns * block - T), *[(0, 0)] * (a.ndim - 2)), constant_values=fill)
-        return jnp.moveaxis(a.reshape(B, turns, block, *a.shape[2:]), 1, 0)
-
-    # Queries that fill up the last block see nothing.
-    parts = jax.tree.map(cut, asked, _Asked(0, 0, 0, 0, -1, -1))
-    again = jax.checkpoint(lambda text, part: _read(text, part, how), prevent_cse=False)
-    _, out = lax.scan(lambda _, part: (None, again(text, part)), None, parts)
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, turns * block, *a.shape[3:])[:, :T], out)
+    read = _by_pieces if in_pieces(T) else _by_blocks
+    return read(text, asked, how, block)
 
 
 class _How(NamedTuple):
@@ -305,6 +294,54 @@ class _Found(NamedTuple):
     s_BHTS: Array
     seen_BGTS: Array
     average: Callable[[Array], Array]
+
+
+def _by_blocks(text: _Text, asked: _Asked, how: _How, block: int | None) -> Read:
+    """What queries read, a block of them after the other where that is how."""
+    (B, T, H, K), V = asked.q_BTHK.shape, text.v_BHSV.shape[-1]
+    if block is None:
+        block = min(max(FETCHED // (B * how.top * how.chunk * H * (K + V)), 1), LONGEST)
+    if how.dense or block >= T:
+        return _read(text, asked, how)
+    turns = -(-T // block)
+
+    def cut(a: Array, fill: int) -> Array:
+        a = jnp.pad(a, ((0, 0), (0, turns * block - T), *[(0, 0)] * (a.ndim - 2)), constant_values=fill)
+        return jnp.moveaxis(a.reshape(B, turns, block, *a.shape[2:]), 1, 0)
+
+    # Queries that fill up the last block see nothing.
+    parts = jax.tree.map(cut, asked, _Asked(0, 0, 0, 0, -1, -1))
+    again = jax.checkpoint(lambda text, part: _read(text, part, how), prevent_cse=False)
+    _, out = lax.scan(lambda _, part: (None, again(text, part)), None, parts)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, turns * block, *a.shape[3:])[:, :T], out)
+
+
+def _by_pieces(text: _Text, asked: _Asked, how: _How, block: int | None) -> Read:
+    """Tokens over devices: the text is sent to all, and each device reads for the queries that it has."""
+    q, G = asked.q_BTHK, asked.ask_BTGF.shape[2]
+    H = "H" if q.shape[2] % sizes().get(MODEL, 1) == 0 else " "
+    scores = H if G > 1 else " "
+    beside = text.near or (None, None)
+    arguments = {
+        "k_BHSK": ("B" + H, text.k_BHSK), "v_BHSV": ("B" + H, text.v_BHSV),
+        "summary_BNGF": ("B " + scores, text.summary_BNGF), "content_BNHV": ("B " + H, text.content_BNHV),
+        "size_BN": ("B", text.size_BN), "begin_BN": ("B", text.begin_BN),
+        "near_k": ("B" + H, beside[0]), "near_v": ("B" + H, beside[1]),
+        "q_BTHK": ("BT" + H, q), "ask_BTGF": ("BT" + scores, asked.ask_BTGF),
+        **{name: ("BT", getattr(asked, name)) for name in ("from_BT", "upto_BT", "first_BT", "last_BT")},
+    }  # fmt: skip
+    branches = (True, text.near is not None and how.weight != "union", how.weight == "gated")
+
+    def piece(near_k: Array | None = None, near_v: Array | None = None, **parts: Array) -> tuple[Array, ...]:
+        near = None if near_k is None or near_v is None else (near_k, near_v)
+        of_text = {name: parts.get(name) for name in _Text._fields if name != "near"}
+        own = _Asked(*(parts[name] for name in _Asked._fields))
+        read = _by_blocks(_Text(near=near, **of_text), own, how, block)  # type: ignore[arg-type]
+        return tuple(y for y in read if y is not None)
+
+    shape = (*q.shape[:3], text.v_BHSV.shape[-1])
+    found = iter(by_pieces(piece, arguments, [("BT" + H, shape)] * sum(branches)))
+    return Read(*(next(found) if there else None for there in branches))  # type: ignore[arg-type]
 
 
 def _read(text: _Text, asked: _Asked, how: _How) -> Read:

@@ -3,22 +3,49 @@
 What a piece does to a state it was handed is small, whatever the number of its tokens: for a recurrence that is linear
 in its state S -> A S + B. All devices hear that of all pieces and work out the state that enters their own; then each
 reads its tokens once more, from there. Tokens themselves are never sent.
+
+A memory without such a form has to be read in order. Its heads, or a batch's rows, know nothing of each other: so there
+each device swaps its piece of all heads for all pieces of some heads (DeepSpeed-Ulysses, arXiv 2309.14509, does it for
+attention), reads whole rows, and swaps back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from layers.ops.place import SEQUENCE, placed, sizes
+from layers.ops.place import BATCH, MODEL, SEQUENCE, placed, sizes
 
 
 def in_pieces(T: int) -> bool:
     """Whether what is traced has T tokens in equal pieces over devices."""
     count = sizes().get(SEQUENCE, 1)
     return count > 1 and T % count == 0
+
+
+def turn(B: int, T: int, H: int) -> Callable[[str, Any], Any]:
+    """A function that tells arrays to lie with whole rows of tokens: as many heads, or else rows of a batch, less on
+    each device. Where neither divides, or tokens are not in pieces, arrays come back as they are.
+
+    Of (letters, tree) that function tells all arrays of the tree; letters: of their first axes.
+    """
+    mesh = sizes()
+    pieces, heads = mesh.get(SEQUENCE, 1), mesh.get(MODEL, 1)
+    rows = math.prod(mesh.get(axis, 1) for axis in BATCH)
+    lies: dict[str, tuple[str, ...]] = {"B": BATCH if B % rows == 0 else (), "H": (MODEL,) if H % heads == 0 else ()}
+    if not in_pieces(T) or (H % (heads * pieces) and B % (rows * pieces)):
+        return lambda letters, tree: tree
+    lies["B" if H % (heads * pieces) else "H"] += (SEQUENCE,)
+
+    def told(letters: str, tree: Any) -> Any:
+        spec = PartitionSpec(*(lies.get(letter) or None for letter in letters))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+    return told
 
 
 def by_pieces(function: Callable[..., Any], arguments: Mapping[str, tuple[str, Array | None]], results: Any) -> Any:

@@ -43,7 +43,9 @@ from layers.ops.memory_forms import (
     pull,
     retained,
 )
+from layers.ops.place import place
 from layers.ops.precision import HIGHEST, wide
+from layers.ops.sequence import turn
 
 Implementation = Literal["auto", "naive", "chunked"]
 
@@ -114,6 +116,9 @@ def test_time_memory(
     pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)) if pos is None else pos
     valid_BT11 = (pos >= 0)[:, :, None, None]
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
+    told = turn(B, T, H)  # tokens over devices: this is read in order, so whole rows of some heads
+    xs, pos, state = told("BTH", xs), told("BT", pos), told("BH", state)
+    begin, outer, row = told("H", (begin, outer, row))
 
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
@@ -122,7 +127,7 @@ def test_time_memory(
         y, state = _chunked(rule, loose, remat, most, xs, begin, outer, row, state, pos)
     if given is not None:
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
-    return y.astype(v_BTHV.dtype), state if wanted else None
+    return place(told("BTH", y.astype(v_BTHV.dtype)), "BTH"), state if wanted else None
 
 
 def first_state(rule: Rule, weights: Weights, momentum: Weights | None = None) -> State:
