@@ -4,9 +4,9 @@ What a piece does to a state it was handed is small, whatever the number of its 
 in its state S -> A S + B. All devices hear that of all pieces and work out the state that enters their own; then each
 reads its tokens once more, from there. Tokens themselves are never sent.
 
-A memory without such a form has to be read in order. Its heads, or a batch's rows, know nothing of each other: so there
-each device swaps its piece of all heads for all pieces of some heads (DeepSpeed-Ulysses, arXiv 2309.14509, does it for
-attention), reads whole rows, and swaps back.
+A memory without such a form has to be read in order. A batch's rows know nothing of each other, nor do its heads: so
+each device swaps its piece of all rows for the whole of some, or of some heads (DeepSpeed-Ulysses, arXiv 2309.14509,
+does that for attention), reads them, and swaps back.
 """
 
 import math
@@ -28,8 +28,8 @@ def in_pieces(T: int) -> bool:
 
 
 def turn(B: int, T: int, H: int) -> Callable[[str, Any], Any]:
-    """A function that tells arrays to lie with whole rows of tokens: as many heads, or else rows of a batch, less on
-    each device. Where neither divides, or tokens are not in pieces, arrays come back as they are.
+    """A function that tells arrays to lie with whole rows of tokens: on each device as many rows of a batch, or else
+    heads, less. Where neither divides, or tokens are not in pieces, arrays come back as they are.
 
     Of (letters, tree) that function tells all arrays of the tree; letters: of their first axes.
     """
@@ -39,7 +39,7 @@ def turn(B: int, T: int, H: int) -> Callable[[str, Any], Any]:
     lies: dict[str, tuple[str, ...]] = {"B": BATCH if B % rows == 0 else (), "H": (MODEL,) if H % heads == 0 else ()}
     if not in_pieces(T) or (H % (heads * pieces) and B % (rows * pieces)):
         return lambda letters, tree: tree
-    lies["B" if H % (heads * pieces) else "H"] += (SEQUENCE,)
+    lies["H" if B % (rows * pieces) else "B"] += (SEQUENCE,)
 
     def told(letters: str, tree: Any) -> Any:
         spec = PartitionSpec(*(lies.get(letter) or None for letter in letters))
