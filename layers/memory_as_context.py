@@ -52,7 +52,7 @@ class MemoryAsContext(LayerConfig):
     context: int | None = None
     write: Literal["attn_out", "input"] = "attn_out"
     readout: Literal["token", "segment"] = "token"
-    combine: How = "silu"
+    combine: How = "sigmoid"
     rope_theta: float = 10_000.0
     implementation: Implementation = "auto"
 

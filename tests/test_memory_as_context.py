@@ -52,7 +52,7 @@ def test_what_cannot_be():
     for change, message in (
         ({"write": "x"}, "MemoryAsContext.write is 'x': it must be one of attn_out, input"),
         ({"readout": "x"}, "MemoryAsContext.readout"),
-        ({"combine": "x"}, "MemoryAsContext.combine is 'x': it must be one of silu"),
+        ({"combine": "x"}, "MemoryAsContext.combine is 'x': it must be one of sigmoid"),
         ({"segment": 0}, "MemoryAsContext.segment"),
         ({"persistent": -1}, "MemoryAsContext.persistent"),
     ):
