@@ -3,8 +3,8 @@
     y = attention(x)        o = norm(y) ∘ σ(norm(memory(x)))
 
 (Titans, arXiv 2501.00663, section 4.2.) The paper leaves the gate open: "normalise both with learned vectors, then a
-nonlinearity"; `combine` says which. On associative recall "sigmoid" learns in half the steps of "silu" as a gate, and as
-context it learns what "silu" does not (results/probes).
+nonlinearity"; `combine` says which. On associative recall "sigmoid" learns in half the steps of "silu" as a gate; as
+context it learns in two seeds of three what "silu" learns in none (results/probes).
 """
 
 import dataclasses

@@ -232,12 +232,13 @@ _FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 _LAPTOP = {"words": 64, "names": 64}
+_STEPS = {"niah_multikey": 1_500, "niah_multikey2": 2_500, "niah_multivalue": 1_500, "niah_multiquery": 1_500}
 _SMALL = {"words": 32, "names": 32, "period": 8}
 trials = {}
 for _name, (_about, _law) in _FAMILY.items():
     trials[_name] = Trial(
         _probe((64,), (64, 128, 256, 512, 1024), 128, **{**_LAPTOP, **_law}),
-        steps=1_000,
+        steps=_STEPS.get(_name, 1_000),
         lr=3e-3,
         blocks=2,
         about=_about,

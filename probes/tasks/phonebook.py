@@ -102,7 +102,7 @@ def _probe(train: tuple[int, ...], tests: tuple[int, ...], rows: int, B: int, na
 
 
 trials = {
-    "phonebook": Trial(_probe((4, 8), (4, 8, 16, 32, 64), 256, 32), steps=1_200, lr=3e-3, blocks=2),
+    "phonebook": Trial(_probe((4, 8), (4, 8, 16, 32, 64), 256, 32), steps=4_000, lr=3e-3, blocks=2),
     "phonebook@smoke": Trial(_probe((4,), (4, 8), 64, 32, names=32), steps=100, blocks=2),
     "phonebook@large": Trial(
         _probe((64,), (20, 50, 100, 200, 500, 1000, 1750), 96, 32), steps=10_000, lr=1e-3, D=128, blocks=2
