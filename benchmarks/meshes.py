@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import pkgutil
 import socket
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import configs
 import layers
 from layers.layer import LayerConfig
 from layers.mlp import MLP
@@ -95,9 +93,9 @@ def losses(mixer: LayerConfig, mesh: Mesh, double: bool = False) -> list[float]:
     return said
 
 
-def first_parameters(name: str, mesh: Mesh) -> str:
+def first_parameters(config: Path, mesh: Mesh) -> str:
     """A hash of all that a config begins with, to the bit."""
-    experiment = dataclasses.replace(settings.load(settings.locate(name)), mesh=mesh)
+    experiment = dataclasses.replace(settings.load(config), mesh=mesh)
     layout = build_layout(mesh, experiment.data.B, experiment.data.T)
     params = build_program(experiment, experiment.data.build(), layout).init()["params"]
     total = hashlib.sha256()
@@ -108,11 +106,11 @@ def first_parameters(name: str, mesh: Mesh) -> str:
 
 def page(rows: Rows) -> str:
     """Markdown: of each layer, how far the loss of any step is from that of one device, at most, relative to it."""
-    names = [name for name in dict.fromkeys(row["mesh"] for row in rows) if name != "one device"]
+    names = [name for name in dict.fromkeys([*MESHES, *(row["mesh"] for row in rows)]) if name != "one device"]
     lines = [f"| layer | loss, step 1 to {STEPS} | {' | '.join(names)} |", f"|---|---|{'---:|' * len(names)}"]
     for layer in sorted({row["layer"] for row in rows}):
         of = {row["mesh"]: np.array(row["losses"]) for row in rows if row["layer"] == layer}
-        if set(of) < set(MESHES):
+        if not set(MESHES) <= set(of):
             continue
         alone = of["one device"]
         far = [float(np.max(np.abs(of[name] - alone) / alone)) if name in of else None for name in names]
@@ -132,22 +130,21 @@ def parameters_page(rows: Rows) -> str:
 
 
 class Ledger:
-    """Rows of JSON in a file, of what is done: one for each (subject, mesh)."""
+    """Rows of JSON in a file, of what is done."""
 
-    def __init__(self, path: Path, subject: str, writes: bool = True):
-        self.path, self.subject, self.writes = path, subject, writes
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
         self.rows: Rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def has(self, name: str, mesh: str) -> bool:
-        return any(row[self.subject] == name and row["mesh"] == mesh for row in self.rows)
+    def has(self, **wanted: str) -> bool:
+        return any(wanted == {key: row.get(key) for key in wanted} for row in self.rows)
 
-    def add(self, name: str, mesh: str, said: str, **more: Any) -> None:
-        row = {self.subject: name, "mesh": mesh, **more}
+    def add(self, said: str, **row: Any) -> None:
         self.rows.append(row)
         if self.writes:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{name}, {mesh}: {said}", flush=True)
+            print(said, flush=True)
 
 
 def apart(count: int) -> int:
@@ -157,7 +154,11 @@ def apart(count: int) -> int:
         place = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "benchmarks.meshes", *sys.argv[1:], "--coordinator", place, "--index"]
     started = [subprocess.Popen([*command, str(index)]) for index in range(count)]
-    return next((status for status in [process.wait() for process in started] if status), 0)
+    try:
+        return next((status for status in [process.wait() for process in started] if status), 0)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def main() -> int:
@@ -173,8 +174,10 @@ def main() -> int:
     count = asked.processes
     if count < 1 or DEVICES % count:
         about.error(f"--processes is {count}: it must divide the {DEVICES} devices")
-    if count > 1 and asked.configs:
-        about.error("--configs is of one process")
+    if asked.configs and (count > 1 or asked.layers or asked.double):
+        about.error("--configs goes with --folder alone")
+    if asked.double and asked.folder == about.get_default("folder"):
+        about.error("--double needs a --folder of its own")
     classes = {cls.__name__: cls for cls in layers.discover()}
     if unknown := set(asked.layers or ()) - set(classes):
         about.error(f"no layer is named {', '.join(sorted(unknown))}: they are {', '.join(sorted(classes))}")
@@ -185,31 +188,42 @@ def main() -> int:
     if count > 1:
         processes.start(Processes(asked.coordinator, count, asked.index))
     asked.folder.mkdir(parents=True, exist_ok=True)
-    if asked.configs:
-        ledger = Ledger(asked.folder / "parameters.jsonl", "config")
-        for config in (found.name for found in pkgutil.iter_modules(configs.__path__) if not found.ispkg):
-            for name, mesh in MESHES.items():
-                if not ledger.has(config, name):
-                    one = first_parameters(config, mesh)
-                    ledger.add(config, name, one[:16], parameters=one)
-        (asked.folder / "parameters.md").write_text(parameters_page(ledger.rows))
-        return 0
-    ledger = Ledger(asked.folder / "runs.jsonl", "layer", writes=asked.index == 0)
+    with processes.ended_together():
+        hash_configs(asked.folder) if asked.configs else train(asked, classes)
+    return 0
+
+
+def hash_configs(folder: Path) -> None:
+    ledger = Ledger(folder / "parameters.jsonl")
+    for config, path in settings.config_files().items():
+        for name, mesh in MESHES.items():
+            if not ledger.has(config=config, mesh=name):
+                one = first_parameters(path, mesh)
+                ledger.add(f"{config}, {name}: {one[:16]}", config=config, mesh=name, parameters=one)
+    (folder / "parameters.md").write_text(parameters_page(ledger.rows))
+
+
+def train(asked: argparse.Namespace, classes: dict[str, type[LayerConfig]]) -> None:
+    count, first = asked.processes, asked.index == 0
+    ledger = Ledger(asked.folder / "runs.jsonl", writes=first)
     meshes = MESHES
     if count > 1:
         meshes = {f"{OVER_PROCESSES}: {count} processes x {DEVICES // count}": MESHES[OVER_PROCESSES]}
+    mixers = {layer: cls.examples()[0] for layer, cls in classes.items()}
+    told = {layer: hashlib.sha256(str(mixer).encode()).hexdigest()[:12] for layer, mixer in mixers.items()}
     missing = [
         (layer, name)
-        for layer in classes
+        for layer in asked.layers or mixers
         for name in meshes
-        if not ledger.has(layer, name) and (not asked.layers or layer in asked.layers)
+        if not ledger.has(layer=layer, mesh=name, config=told[layer])
     ]
     for layer, name in missing:
-        of = losses(classes[layer].examples()[0], meshes[name], asked.double)
-        ledger.add(layer, name, f"{of[0]:.4f} to {of[-1]:.4f}", losses=of)
-    if asked.index == 0:
-        (asked.folder / "meshes.md").write_text(page(ledger.rows))
-    return 0
+        of = losses(mixers[layer], meshes[name], asked.double)
+        row = {"layer": layer, "mesh": name, "config": told[layer], "losses": of}
+        ledger.add(f"{layer}, {name}: {of[0]:.4f} to {of[-1]:.4f}", **row)
+    if first:
+        now = [row for row in ledger.rows if row.get("config") == told.get(row["layer"])]
+        (asked.folder / "meshes.md").write_text(page(now))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ does that for attention), reads them, and swaps back.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from layers.ops.place import BATCH, MODEL, SEQUENCE, placed, sizes
+from layers.ops.place import BATCH, MODEL, SEQUENCE, place, placed, sizes
 
 
 def in_pieces(T: int) -> bool:
@@ -27,25 +27,42 @@ def in_pieces(T: int) -> bool:
     return count > 1 and T % count == 0
 
 
-def turn(B: int, T: int, H: int) -> Callable[[str, Any], Any]:
-    """A function that tells arrays to lie with whole rows of tokens: on each device as many rows of a batch, or else
-    heads, less. Where neither divides, or tokens are not in pieces, arrays come back as they are.
+def by_rows(
+    function: Callable[..., Any],
+    shape: tuple[int, int, int],
+    arguments: Mapping[str, tuple[str, Any]],
+    results: Sequence[str],
+) -> Any:
+    """function(**arguments) on each device, of whole rows, and nothing is sent meanwhile, slopes of weights included.
 
-    Of (letters, tree) that function tells all arrays of the tree; letters: of their first axes.
+    Where tokens are in pieces, a device has as many rows of a batch, or else heads, less. Where neither divides, it has
+    all tokens.
+
+    shape: (B, T, H). arguments: by name, letters of the first axes of all arrays of a tree, and the tree. results: such
+    letters of each that is returned.
     """
-    mesh = sizes()
+    (B, T, H), mesh = shape, sizes()
     pieces, heads = mesh.get(SEQUENCE, 1), mesh.get(MODEL, 1)
     rows = math.prod(mesh.get(axis, 1) for axis in BATCH)
     lies: dict[str, tuple[str, ...]] = {"B": BATCH if B % rows == 0 else (), "H": (MODEL,) if H % heads == 0 else ()}
-    if not in_pieces(T) or (H % (heads * pieces) and B % (rows * pieces)):
-        return lambda letters, tree: tree
-    lies["H" if B % (rows * pieces) else "B"] += (SEQUENCE,)
+    if in_pieces(T) and B % (rows * pieces) == 0:
+        lies["B"] += (SEQUENCE,)
+    elif in_pieces(T) and H % (heads * pieces) == 0:
+        lies["H"] += (SEQUENCE,)
 
-    def told(letters: str, tree: Any) -> Any:
-        spec = PartitionSpec(*(lies.get(letter) or None for letter in letters))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+    def spec(letters: str) -> PartitionSpec:
+        return PartitionSpec(*(lies.get(letter) or None for letter in letters))
 
-    return told
+    specs = {name: spec(letters) for name, (letters, _) in arguments.items()}
+    out = tuple(spec(letters) for letters in results)
+    run = jax.shard_map(lambda parts: function(**parts), in_specs=(specs,), out_specs=out, check_vma=False)
+    # Said on both sides, or the partitioner may find no way to swap.
+    given = {name: _place_all(tree, letters) for name, (letters, tree) in arguments.items()}
+    return tuple(_place_all(tree, letters) for tree, letters in zip(run(given), results, strict=True))
+
+
+def _place_all(tree: Any, letters: str) -> Any:
+    return jax.tree.map(lambda x: place(x, letters), tree)
 
 
 def by_pieces(function: Callable[..., Any], arguments: Mapping[str, tuple[str, Array | None]], results: Any) -> Any:

@@ -43,9 +43,9 @@ from layers.ops.memory_forms import (
     pull,
     retained,
 )
-from layers.ops.place import place
+from layers.ops.place import sizes
 from layers.ops.precision import HIGHEST, wide
-from layers.ops.sequence import turn
+from layers.ops.sequence import by_rows
 
 Implementation = Literal["auto", "naive", "chunked"]
 
@@ -102,6 +102,19 @@ def test_time_memory(
     if not remat and pos is not None and chunks is None:
         raise ValueError("without `remat` there is room for a known number of chunks: say `chunks`, or leave out `pos`")
     B, T, H, _ = q_BTHK.shape
+    if sizes():  # rows and heads know nothing of each other: each device reads some, in order
+        arguments = {
+            "q_BTHK": ("BTH", q_BTHK), "k_BTHK": ("BTH", k_BTHK), "v_BTHV": ("BTH", v_BTHV), "gates": ("BTH", gates),
+            "start": ("H", start), "outer": ("H", outer), "threshold": ("BTH", threshold), "row": ("H", row),
+            "state": ("BH", state), "pos": ("BT", pos),
+        }  # fmt: skip
+
+        def read(**given: Any) -> tuple[Array, State | None]:
+            return test_time_memory(
+                rule, **given, implementation=implementation, remat=remat, wanted=wanted, chunks=chunks
+            )
+
+        return by_rows(read, (B, T, H), arguments, ("BTH", "BH"))
     dtype = wide(q_BTHK, v_BTHV)
     xs = Token(q_BTHK, k_BTHK, v_BTHV, gates, threshold)
     xs, start, outer, row = jax.tree.map(lambda x: x.astype(dtype), (xs, start, outer, row))
@@ -116,9 +129,6 @@ def test_time_memory(
     pos = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)) if pos is None else pos
     valid_BT11 = (pos >= 0)[:, :, None, None]
     xs = xs._replace(gates={name: _open(gate, valid_BT11) for name, gate in xs.gates.items()})
-    told = turn(B, T, H)  # tokens over devices: this is read in order, so whole rows of some heads
-    xs, pos, state = told("BTH", xs), told("BT", pos), told("BH", state)
-    begin, outer, row = told("H", (begin, outer, row))
 
     if implementation == "naive" or (implementation == "auto" and T <= SHORT):
         y, state = _naive(rule, xs, begin, outer, row, state, pos)
@@ -127,7 +137,7 @@ def test_time_memory(
         y, state = _chunked(rule, loose, remat, most, xs, begin, outer, row, state, pos)
     if given is not None:
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, given)
-    return place(told("BTH", y.astype(v_BTHV.dtype)), "BTH"), state if wanted else None
+    return y.astype(v_BTHV.dtype), state if wanted else None
 
 
 def first_state(rule: Rule, weights: Weights, momentum: Weights | None = None) -> State:
