@@ -1,6 +1,7 @@
 """Time over devices: the same numbers as on one, and what is sent is states, ends and keys, not tokens."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from test_laws import name
 import layers
 from layers.conv import ShortConv
 from layers.mlp import MLP
+from layers.ops import chunk_select, test_time
 from layers.ops import fast_weights as fw
 from layers.ops.attention import attention
 from layers.ops.chunk_select import Near, chunk_attention
-from layers.ops.memory_forms import Rule
+from layers.ops.memory_forms import Rule, State
 from layers.ops.place import on
 from layers.ops.recurrence import recurrence
 from layers.ops.test_time import Gate, test_time_memory
@@ -28,7 +30,7 @@ from models.loss import score
 from training.experiment import Mesh
 from training.layout import build_layout
 
-test_time_memory.__test__ = False  # it is no test
+test_time_memory.__test__ = test_time.__test__ = False  # they are no tests
 T, H, K, V = 60, 4, 6, 10  # pieces of 15
 # A document that goes on behind padding, also over an edge; starts within pieces and on an edge; an end of padding.
 POS = np.stack([pad(places(T), (13, 17), (40, 42)), pad(places(T, 20, 30, 33), (55, 60))]).astype(np.int32)
@@ -64,9 +66,11 @@ def both(function, *arrays, mesh=None):
 
 
 def lies(a, mesh):
-    """Tokens over devices, and heads, of what has them."""
-    axes = [{T: "sequence", H: "model"}.get(n) for n in a.shape]
-    return NamedSharding(mesh, P(*axes) if axes[1:2] == ["sequence"] and axes[0] is None else P())
+    """Rows, tokens and heads over devices, of what has tokens."""
+    if a.shape[1:2] != (T,):
+        return NamedSharding(mesh, P())
+    rows = "data" if a.shape[0] % mesh.shape["data"] == 0 else None
+    return NamedSharding(mesh, P(rows, "sequence", *({H: "model"}.get(n) for n in a.shape[2:])))
 
 
 def sent(program) -> set[int]:
@@ -174,43 +178,107 @@ def test_a_loss_that_is_taken_in_pieces():
     assert "while" in program.as_text()
 
 
-@pytest.mark.parametrize("axes", [(1, 2, 2), (2, 2, 2), (1, 4, 2)], ids=["rows", "heads", "neither"])
-def test_a_memory_that_is_read_in_order(axes):
-    """Two rows over sequence, or else four heads over sequence x model: then nothing is sent within a chunk."""
-    mesh = build_layout(Mesh(*(axes[0], 1, *axes[1:])), 2 * B, T).mesh
+ORDERED = {
+    "rows": (1, 2, 2),
+    "heads": (2, 2, 2),
+    "neither": (1, 4, 2),
+    "data alone": (2, 1, 1),
+}  # data, sequence, model
+
+
+def ordered(axes):
+    """(want, got, program) of four heads of a memory that has to be read in order, in chunks of 7 tokens."""
+    mesh = build_layout(Mesh(axes[0], 1, *axes[1:]), 2 * B, T).mesh
     q, k, v, lr = normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, K), normal(3, B, T, H, 1) ** 2 / 20
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     first, last, scale = normal(4, H, K, 11) / 3, normal(5, H, 11, K) / 3, normal(6, H, K)
+    state = State(*({"w0": normal(i, B, H, K, 11) / 3, "w1": normal(i, B, H, 11, K) / 3} for i in (7, 8, 9)))
     rule = Rule(fw.network("mlp", 2), fw.l2, chunk=7)
 
-    def read(q, k, v, lr, first, last, scale):
-        gates = {name: Gate(lr, -lr) for name in ("w0", "w1")}
+    def read(q, k, v, lr, first, last, scale, state):
+        gates = {name: Gate(lr, -lr, -lr) for name in ("w0", "w1")}
         outer = {"scale": scale, "shift": scale}
-        return test_time_memory(rule, q, k, v, gates, ({"w0": first, "w1": last}, None), outer, pos=POS)[0]
+        start = {"w0": first, "w1": last}
+        return test_time_memory(rule, q, k, v, gates, (start, None), outer, pos=POS, state=state)
 
-    want, got, program = both(read, q, k, v, lr, first, last, scale, mesh=mesh)
+    return both(read, q, k, v, lr, first, last, scale, state, mesh=mesh)
+
+
+@pytest.mark.parametrize("axes", ORDERED.values(), ids=list(ORDERED))
+def test_a_memory_that_is_read_in_order(axes):
+    """Rows over sequence, or else heads over sequence x model. Nothing is sent within loops, no slopes either."""
+    want, got, program = ordered(axes)
     same_tree(got, want, "pieces against one")
-    assert (7 in sent(program)) == (axes == (1, 4, 2))
+    assert not list(collectives(within_loops(program)))
+    kinds = {kind for kind, _, groups in collectives(program.as_text())}
+    assert ("all-to-all" in kinds) == (axes in (ORDERED["rows"], ORDERED["heads"]))
+
+
+def test_what_is_sent_within_loops_is_seen(monkeypatch):
+    """Left to the partitioner, each chunk sends."""
+    monkeypatch.setattr(test_time, "sizes", dict)
+    want, got, program = ordered(ORDERED["data alone"])
+    same_tree(got, want, "pieces against one")
+    assert list(collectives(within_loops(program)))
+
+
+def within_loops(program) -> str:
+    """The instructions of a compiled program that loops run, and those that they call."""
+    parts, name = {}, ""
+    for line in program.as_text().splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = found[1]
+        parts.setdefault(name, []).append(line)
+    called = {name: set(re.findall(r"%([\w.-]+)", "\n".join(lines))) & parts.keys() for name, lines in parts.items()}
+    loops = {body for lines in parts.values() for body in re.findall(r"body=%?([\w.-]+)", "\n".join(lines))}
+    inside: set[str] = set()
+    while loops:
+        inside.add(name := loops.pop())
+        loops |= called[name] - inside
+    return "\n".join(line for name in inside for line in parts[name])
 
 
 @pytest.mark.parametrize("weight", ["product", "union", "gated"])
-def test_chunks_that_queries_choose(weight):
+def test_chunks_that_queries_choose(weight, monkeypatch):
     """The text is sent; a device reads for its own queries, a block of five after the other."""
     N, G, F = 20, (1 if weight == "product" else H), (9 if weight == "product" else K)
     q, ask, summary = normal(0, B, T, H, K), normal(1, B, T, G, F), normal(2, B, N, G, F)
-    text, content = [normal(3 + i, B, H, T, K) for i in range(4)], normal(7, B, N, H, K)
+    text, content = [normal(3 + i, B, T, H, K) for i in range(4)], normal(7, B, N, H, K)
     last = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     first, upto = np.maximum(last - 4, 0), last // 3
 
     def read(q, ask, summary, content, *text):
+        k, v, near_k, near_v = (a.swapaxes(1, 2) for a in text)
         how = {"weight": weight, "implementation": "chunked", "block": 5, "reach": 5, "content_BNHV": content}
-        near = Near(*text[2:], first, last)
-        found = chunk_attention(q, *text[:2], ask, summary, upto // 2, upto, chunk=3, top=2, near=near, **how)
+        near = Near(near_k, near_v, first, last)
+        found = chunk_attention(q, k, v, ask, summary, upto // 2, upto, chunk=3, top=2, near=near, **how)
         return [y for y in found if y is not None]
 
     want, got, program = both(read, q, ask, summary, content, *text)
     same_tree(got, want, "four pieces against one")
-    assert 5 not in sent(program)
+    assert not list(collectives(within_loops(program)))
+    assert T in sent(program)
+    if weight == "product":  # left to the partitioner, each block sends
+        monkeypatch.setattr(chunk_select, "in_pieces", lambda T: False)
+        assert list(collectives(within_loops(both(read, q, ask, summary, content, *text)[2])))
+
+
+@pytest.mark.parametrize("heads", [3, 4])
+def test_heads_or_rows_that_do_not_divide(heads):
+    """Three heads over two devices, three rows over two: those stay together."""
+    mesh = build_layout(Mesh(data=1, sequence=2, model=2), B, T).mesh
+    rows = 3
+    q, k, v, lr = (normal(i, rows, T, heads, 5) for i in range(4))
+    weights = normal(4, heads, 5, 5) / 3
+
+    def read(q, k, v, lr, weights):
+        gates = {"w0": Gate(0.1 * jax.nn.sigmoid(lr[..., :1]))}
+        return test_time_memory(
+            Rule(fw.network("mlp", 1), fw.l2, chunk=7), q, k / 3, v, gates, ({"w0": weights}, None)
+        )[0]
+
+    want, got, _ = both(read, q, k, v, lr, weights, mesh=mesh)
+    same_tree(got, want, "pieces against one")
 
 
 def examples():
