@@ -12,7 +12,6 @@ of 64 tokens a step, documents and padding among them; Adam. What is in the ledg
 import argparse
 import dataclasses
 import hashlib
-import json
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import layers
 from layers.layer import LayerConfig
 from layers.mlp import MLP
 from models.lm import LM, Stage
+from probes.small_runs import Ledger
 from training import processes, settings
 from training.data import Batch, DataConfig, Dataset
 from training.experiment import AdamW, Experiment, Mesh, Schedule
@@ -129,24 +129,6 @@ def parameters_page(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Ledger:
-    """Rows of JSON in a file, of what is done."""
-
-    def __init__(self, path: Path, writes: bool = True):
-        self.path, self.writes = path, writes
-        self.rows: Rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def has(self, **wanted: str) -> bool:
-        return any(wanted == {key: row.get(key) for key in wanted} for row in self.rows)
-
-    def add(self, said: str, **row: Any) -> None:
-        self.rows.append(row)
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(said, flush=True)
-
-
 def apart(count: int) -> int:
     """This command in `count` processes over loopback; the exit status of the first that failed."""
     with socket.socket() as free:
@@ -187,9 +169,11 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", DEVICES // count)
     if count > 1:
         processes.start(Processes(asked.coordinator, count, asked.index))
-    asked.folder.mkdir(parents=True, exist_ok=True)
     with processes.ended_together():
-        hash_configs(asked.folder) if asked.configs else train(asked, classes)
+        if asked.configs:
+            hash_configs(asked.folder)
+        else:
+            train(asked, classes)
     return 0
 
 
@@ -199,13 +183,14 @@ def hash_configs(folder: Path) -> None:
         for name, mesh in MESHES.items():
             if not ledger.has(config=config, mesh=name):
                 one = first_parameters(path, mesh)
-                ledger.add(f"{config}, {name}: {one[:16]}", config=config, mesh=name, parameters=one)
+                ledger.add(config=config, mesh=name, parameters=one)
+                print(f"{config}, {name}: {one[:16]}", flush=True)
     (folder / "parameters.md").write_text(parameters_page(ledger.rows))
 
 
 def train(asked: argparse.Namespace, classes: dict[str, type[LayerConfig]]) -> None:
     count, first = asked.processes, asked.index == 0
-    ledger = Ledger(asked.folder / "runs.jsonl", writes=first)
+    ledger = Ledger(asked.folder / "runs.jsonl", writable=first)
     meshes = MESHES
     if count > 1:
         meshes = {f"{OVER_PROCESSES}: {count} processes x {DEVICES // count}": MESHES[OVER_PROCESSES]}
@@ -219,8 +204,9 @@ def train(asked: argparse.Namespace, classes: dict[str, type[LayerConfig]]) -> N
     ]
     for layer, name in missing:
         of = losses(mixers[layer], meshes[name], asked.double)
-        row = {"layer": layer, "mesh": name, "config": told[layer], "losses": of}
-        ledger.add(f"{layer}, {name}: {of[0]:.4f} to {of[-1]:.4f}", **row)
+        if first:
+            ledger.add(layer=layer, mesh=name, config=told[layer], losses=of)
+            print(f"{layer}, {name}: {of[0]:.4f} to {of[-1]:.4f}", flush=True)
     if first:
         now = [row for row in ledger.rows if row.get("config") == told.get(row["layer"])]
         (asked.folder / "meshes.md").write_text(page(now))

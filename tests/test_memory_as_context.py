@@ -11,6 +11,7 @@ from flax import nnx
 
 from layers.layer import Tokens
 from layers.memory_as_context import MemoryAsContext
+from layers.memory_as_gate import Combine
 from layers.test_time import TestTimeMemory
 from layers.titans import Titans
 
@@ -46,6 +47,20 @@ def test_no_token_sees_a_later_one(float64, options):
     assert not np.triu(influence, 1).any()
     assert (np.diagonal(influence) > 1e-6).all()
     assert (influence[2 * L :, :L] > 1e-12).all()
+
+
+def test_how_two_streams_are_combined():
+    """Rows of unit mean square, so that the norms change nothing; both norms have weights of their own."""
+    y, m = np.array([[[1.0, -1.0]]]), np.array([[[-1.0, 1.0]]])
+    share = 1 / (1 + np.exp(-3 * m))
+    for how, want in (
+        ("sigmoid", 2 * y * share),
+        ("silu", 2 * y * 3 * m * share),
+        ("convex", share * 2 * y + (1 - share) * 3 * m),
+    ):
+        combine = Combine(how, 2)
+        combine.norm_y.w[...], combine.norm_m.w[...] = jnp.full(2, 2.0), jnp.full(2, 3.0)
+        np.testing.assert_allclose(combine(jnp.asarray(y), jnp.asarray(m)), want, rtol=1e-5)
 
 
 def test_what_cannot_be():

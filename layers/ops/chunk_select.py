@@ -321,23 +321,19 @@ def _by_pieces(text: _Text, asked: _Asked, how: _How, block: int | None) -> Read
     q, G = asked.q_BTHK, asked.ask_BTGF.shape[2]
     H = "H" if q.shape[2] % sizes().get(MODEL, 1) == 0 else " "
     scores = H if G > 1 else " "
-    beside = text.near or (None, None)
     arguments = {
         "k_BHSK": ("B" + H, text.k_BHSK), "v_BHSV": ("B" + H, text.v_BHSV),
         "summary_BNGF": ("B " + scores, text.summary_BNGF), "content_BNHV": ("B " + H, text.content_BNHV),
         "size_BN": ("B", text.size_BN), "begin_BN": ("B", text.begin_BN),
-        "near_k": ("B" + H, beside[0]), "near_v": ("B" + H, beside[1]),
+        "near": ("B" + H, text.near),
         "q_BTHK": ("BT" + H, q), "ask_BTGF": ("BT" + scores, asked.ask_BTGF),
         **{name: ("BT", getattr(asked, name)) for name in ("from_BT", "upto_BT", "first_BT", "last_BT")},
     }  # fmt: skip
     branches = (True, text.near is not None and how.weight != "union", how.weight == "gated")
 
-    def piece(near_k: Array | None = None, near_v: Array | None = None, **parts: Array) -> tuple[Array, ...]:
-        near = None if near_k is None or near_v is None else (near_k, near_v)
-        of_text = {name: parts.get(name) for name in _Text._fields if name != "near"}
-        own = _Asked(*(parts[name] for name in _Asked._fields))
-        read = _by_blocks(_Text(near=near, **of_text), own, how, block)  # type: ignore[arg-type]
-        return tuple(y for y in read if y is not None)
+    def piece(**parts: Any) -> tuple[Array, ...]:
+        own = _Text(*map(parts.get, _Text._fields)), _Asked(*map(parts.get, _Asked._fields))  # type: ignore[arg-type]
+        return tuple(y for y in _by_blocks(*own, how, block) if y is not None)
 
     shape = (*q.shape[:3], text.v_BHSV.shape[-1])
     found = iter(by_pieces(piece, arguments, [("BT" + H, shape)] * sum(branches)))

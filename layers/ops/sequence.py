@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import PartitionSpec
 
 from layers.ops.place import BATCH, MODEL, SEQUENCE, place, placed, sizes
@@ -42,13 +41,18 @@ def by_rows(
     letters of each that is returned.
     """
     (B, T, H), mesh = shape, sizes()
-    pieces, heads = mesh.get(SEQUENCE, 1), mesh.get(MODEL, 1)
-    rows = math.prod(mesh.get(axis, 1) for axis in BATCH)
-    lies: dict[str, tuple[str, ...]] = {"B": BATCH if B % rows == 0 else (), "H": (MODEL,) if H % heads == 0 else ()}
-    if in_pieces(T) and B % (rows * pieces) == 0:
-        lies["B"] += (SEQUENCE,)
-    elif in_pieces(T) and H % (heads * pieces) == 0:
-        lies["H"] += (SEQUENCE,)
+
+    def over(size: int, *axes: str) -> tuple[str, ...]:
+        """These axes, if all of them divide the size."""
+        there = tuple(axis for axis in axes if mesh.get(axis, 1) > 1)
+        return () if size % math.prod(mesh[axis] for axis in there) else there
+
+    lies = {"B": over(B, *BATCH), "H": over(H, MODEL)}
+    if in_pieces(T):
+        if more := over(B, *BATCH, SEQUENCE):
+            lies["B"] = more
+        elif more := over(H, MODEL, SEQUENCE):
+            lies["H"] = more
 
     def spec(letters: str) -> PartitionSpec:
         return PartitionSpec(*(lies.get(letter) or None for letter in letters))
@@ -65,17 +69,21 @@ def _place_all(tree: Any, letters: str) -> Any:
     return jax.tree.map(lambda x: place(x, letters), tree)
 
 
-def by_pieces(function: Callable[..., Any], arguments: Mapping[str, tuple[str, Array | None]], results: Any) -> Any:
+def by_pieces(function: Callable[..., Any], arguments: Mapping[str, tuple[str, Any]], results: Any) -> Any:
     """function(**arguments) on each device, of its own parts; arguments that are None are left out.
 
-    arguments: by name, letters of the first axes and the array. results: letters of each array that is returned, and
-    its shape.
+    arguments: by name, letters of the first axes of all arrays of a tree, and the tree. results: letters of each array
+    that is returned, and its shape.
     """
-    given = {name: (letters, array) for name, (letters, array) in arguments.items() if array is not None}
-    specs = {name: placed(letters, array.shape, sizes()) for name, (letters, array) in given.items()}
+
+    def specs_of(letters: str, tree: Any) -> Any:
+        return jax.tree.map(lambda array: placed(letters, array.shape, sizes()), tree)
+
+    given = {name: (letters, tree) for name, (letters, tree) in arguments.items() if tree is not None}
+    specs = {name: specs_of(letters, tree) for name, (letters, tree) in given.items()}
     out = tuple(placed(letters, shape, sizes()) for letters, shape in results)
     run = jax.shard_map(lambda parts: function(**parts), in_specs=(specs,), out_specs=out, check_vma=False)
-    return run({name: array for name, (_, array) in given.items()})
+    return run({name: tree for name, (_, tree) in given.items()})
 
 
 def hand_on(does: Any, then: Callable[[Any, Any], Any], start: Any) -> tuple[Any, Any]:

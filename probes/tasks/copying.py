@@ -210,7 +210,7 @@ _KINDS: dict[str, tuple[Literal["copy", "prefix", "suffix"], str]] = {
 }
 trials = {}
 for _name, (_kind, _about) in _KINDS.items():
-    trials[_name] = Trial(_probe((5, 20), (40, 80, 160, 300), 256, _kind), 1_000, 3e-3, blocks=2, about=_about)
+    trials[_name] = Trial(_probe((5, 20), (40, 80, 160, 300), 256, _kind), 2_000, 3e-3, blocks=2, about=_about)
     trials[f"{_name}@smoke"] = Trial(_probe((5, 8), (16,), 64, _kind), 100, blocks=2, about=_about)
     trials[f"{_name}@paper"] = Trial(
         dataclasses.replace(_probe((5, 300), (20, 50, 100, 200, 300, 500, 1000), 96, _kind), B=8),
