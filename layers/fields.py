@@ -12,6 +12,14 @@ def positive(config: Any, *fields: str) -> None:
             raise ValueError(f"{type(config).__name__}.{field} is {value}: it must be at least 1")
 
 
+def above_zero(config: Any, *fields: str) -> None:
+    """Raises ValueError, naming the field, unless each of `fields` is above 0, or None. For `__post_init__`."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"{type(config).__name__}.{field} is {value}: it must be above 0")
+
+
 def one_of(config: Any) -> None:
     """Raises ValueError, naming the field, unless each that is typed as a Literal holds one of its words.
 

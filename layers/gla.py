@@ -17,7 +17,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, LayerConfig, positive
+from layers.layer import Einsum, LayerConfig, above_zero, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
@@ -31,7 +31,7 @@ class GLA(LayerConfig):
 
     R: rank of the forget gate. temperature: the root taken of it, so that it starts at 0.5^(1/16) = 0.96 on average.
     conv: width of the short convolution (with SiLU) on query, key and value; 0: none, as in the paper.
-    chunk, implementation: as in layers.ops.linear.
+    norm_eps: of the norm of the output, as in layers.retention. chunk, implementation: as in layers.ops.linear.
     """
 
     H: int = 4
@@ -40,14 +40,14 @@ class GLA(LayerConfig):
     R: int = 16
     temperature: float = 16.0
     conv: int = 0
+    norm_eps: float = 1e-4
     chunk: int = 64
     implementation: Implementation = "auto"
 
     def __post_init__(self):
         positive(self, "H", "K", "V", "R", "chunk")
+        above_zero(self, "temperature", "norm_eps")
         check_taps(self)
-        if self.temperature <= 0:
-            raise ValueError(f"GLA.temperature is {self.temperature}: it must be above 0")
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "GLALayer":
         return GLALayer(self, D, rngs=rngs)
@@ -76,7 +76,7 @@ class GLALayer(Recurrent):
         self.convs = ShortConvs(
             "HK", "HK", "HV", taps=config.conv, activation=activation, H=config.H, K=K, V=V, rngs=rngs
         )
-        self.norm = RMSNorm(V, axes="V")
+        self.norm = RMSNorm(V, axes="V", eps=config.norm_eps)
         self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> GLAState:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from layers.fields import above_zero as above_zero
 from layers.fields import divides as divides
 from layers.fields import one_of as one_of
 from layers.fields import positive as positive

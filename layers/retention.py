@@ -17,7 +17,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import even, head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, above_zero, positive
 from layers.norm import RMSNorm
 from layers.ops.linear import linear_recurrence
 from layers.ops.precision import wide
@@ -30,7 +30,10 @@ class Retention(LayerConfig):
     """H heads; K, V: key and value size of a head, None: D / H and 2 · D / H.
 
     theta: base of the rotary positions. conv: width of the short convolution (with SiLU) on query, key and value; 0:
-    none, as in the paper. chunk, implementation: as in layers.ops.linear.
+    none, as in the paper. norm_eps: of the norm of the output. A document's first token reads (k · q) v, whose norm
+    turns from -v / |v| to v / |v| where k · q passes 0, and eps is how abruptly: with 1e-6 or 1e-5, as in
+    flash-linear-attention, a run's losses come to hang on rounding, and fall less (results/meshes).
+    chunk, implementation: as in layers.ops.linear.
     """
 
     H: int = 8
@@ -38,11 +41,13 @@ class Retention(LayerConfig):
     V: int | None = None
     theta: float = 10_000.0
     conv: int = 0
+    norm_eps: float = 1e-4
     chunk: int = 64
     implementation: Implementation = "auto"
 
     def __post_init__(self):
         positive(self, "H", "K", "V", "chunk", "theta")
+        above_zero(self, "norm_eps")
         check_taps(self)
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "RetentionLayer":
@@ -72,7 +77,7 @@ class RetentionLayer(Layer):
         self.convs = ShortConvs(
             "HK", "HK", "HV", taps=config.conv, activation=activation, H=config.H, K=K, V=V, rngs=rngs
         )
-        self.norm = RMSNorm(V, axes="V")
+        self.norm = RMSNorm(V, axes="V", eps=config.norm_eps)
         self.out = linear("BTHV,HVD->BTD", residual=True)
 
     def init_state(self, B: int, T: int) -> RetentionState:

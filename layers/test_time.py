@@ -20,7 +20,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails, check_taps
 from layers.heads import head_size
-from layers.layer import Einsum, LayerConfig, Out, one_of, positive
+from layers.layer import Einsum, LayerConfig, Out, above_zero, one_of, positive
 from layers.norm import RMSNorm, l2_norm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
@@ -126,10 +126,7 @@ class TestTimeMemory(LayerConfig):
             raise ValueError(f"{name}.persistent is {self.persistent}: it must be at least 0")
         if not 0 < self.momentum_max < 1:
             raise ValueError(f"{name}.momentum_max is {self.momentum_max}: it must lie between 0 and 1")
-        if self.lr_max is not None and self.lr_max <= 0:
-            raise ValueError(f"{name}.lr_max is {self.lr_max}: it must be above 0")
-        if self.error_max is not None and self.error_max <= 0:
-            raise ValueError(f"{name}.error_max is {self.error_max}: it must be above 0")
+        above_zero(self, "lr_max", "error_max")
         if self.exact:
             needs = {"memory": "mlp", "depth": 1, "norm": False, "retention": "decay", "step": "plain"}
             for field, value in needs.items():

@@ -20,7 +20,7 @@ from jax import Array
 
 from layers.conv import ShortConvs, Tails
 from layers.heads import even, head_size
-from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, one_of, positive
+from layers.layer import Einsum, Layer, LayerConfig, Out, Tokens, above_zero, one_of, positive
 from layers.norm import LayerNorm
 from layers.ops import fast_weights as fw
 from layers.ops.precision import wide
@@ -53,8 +53,7 @@ class TTTLinear(LayerConfig):
     def __post_init__(self):
         positive(self, "H", "K", "chunk", "rope_theta")
         one_of(self)
-        if self.base <= 0:
-            raise ValueError(f"{type(self).__name__}.base is {self.base}: it must be above 0")
+        above_zero(self, "base")
 
     def build(self, D: int, *, rngs: nnx.Rngs) -> "TTTLayer":
         return TTTLayer(self, D, rngs=rngs)

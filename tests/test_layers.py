@@ -107,6 +107,7 @@ def test_parameters_say_what_they_are(config):
         (lambda: GLA(H=0), "GLA.H is 0"),
         (lambda: GLA(H=5).build(64, rngs=nnx.Rngs(0)), "GLA.H is 5.*give K, or use one of 1, 2, 4, 8"),
         (lambda: GLA(temperature=0.0), "GLA.temperature is 0.0"),
+        (lambda: Retention(norm_eps=0.0), "Retention.norm_eps is 0.0: it must be above 0"),
         (lambda: Retention(H=5, K=4).build(64, rngs=nnx.Rngs(0)), "Retention.H is 5.*give V"),
         (lambda: Retention(K=3).build(64, rngs=nnx.Rngs(0)), "Retention.K is 3.*even"),
         (lambda: LinearAttention(feature_map="cosine"), "feature_map is 'cosine'.*taylor"),  # type: ignore[arg-type]
@@ -395,7 +396,7 @@ def retention(c, w):
     q, k = (a[..., : K // 2] + 1j * a[..., K // 2 :] for a in (q, k))
     q, k = (np.concatenate([(a * turn).real, (a * turn).imag], -1) for a in (q, k))
     keep = np.broadcast_to(1 - 2.0 ** (-5 - np.arange(H)), (B, T, H))
-    return w.out(rms(remembered(q / np.sqrt(K), k, v, keep)) * w["norm.w"] * silu(w.project("gate")))
+    return w.out(rms(remembered(q / np.sqrt(K), k, v, keep), c.norm_eps) * w["norm.w"] * silu(w.project("gate")))
 
 
 def gla(c, w):
@@ -404,7 +405,7 @@ def gla(c, w):
         q, k, v = silu(q), silu(k), silu(v)
     keep = sigmoid(w.project("written.decay.down", "written.decay.up")) ** (1 / c.temperature)
     y = remembered(q / np.sqrt(q.shape[-1]), k, v, keep)
-    return w.out(rms(y) * w["norm.w"] * silu(w.project("gate")))
+    return w.out(rms(y, c.norm_eps) * w["norm.w"] * silu(w.project("gate")))
 
 
 def mamba2(c, w):

@@ -3,15 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
-from layers.layer import one_of, positive
+from layers.layer import above_zero, one_of, positive
 from models.lm import LM
 from training.data import DataConfig
-
-
-def _above_zero(config: object, *fields: str) -> None:
-    for field in fields:
-        if not getattr(config, field) > 0:
-            raise ValueError(f"{type(config).__name__}.{field} is {getattr(config, field)}: it must be above 0")
 
 
 def _check_tables(config: Any) -> None:
@@ -69,7 +63,7 @@ class AdamW:
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        _above_zero(self, "lr", "table_lr")
+        above_zero(self, "lr", "table_lr")
         _check_tables(self)
 
 
@@ -94,7 +88,7 @@ class Muon:
     schedule: Schedule = Schedule()
 
     def __post_init__(self):
-        _above_zero(self, "lr", "table_lr")
+        above_zero(self, "lr", "table_lr")
         _check_tables(self)
 
 
