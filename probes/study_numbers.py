@@ -127,7 +127,7 @@ def of_slice(row: Row, name: str) -> Score | None:
 
 
 def guess(score: Score) -> float:
-    """What a model without memory reaches."""
+    """What one reaches that does not know which of a row's answers is asked for; without a row, where it says none."""
     return score["chance"] if score["plateau"] is None else score["plateau"]
 
 

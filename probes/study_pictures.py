@@ -17,7 +17,7 @@ from probes.study_numbers import Result, Setting, good, guess, guesses, guessing
 STEMS = ("main", "slices", "validation", "settings")
 FEW = 8  # lines that one picture holds
 Drawn = tuple[Draw, str, str]  # a picture, what it says to who cannot see it, and what stands below it
-GUESS = " Dotted: what guessing reaches."
+GUESS = " Dotted: what guessing reaches, of a row's answers where it says any."
 
 
 def pictures(study: Study, found: Sequence[Result], folder: Path) -> list[Picture]:
