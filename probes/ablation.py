@@ -25,11 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from models.lm import LM
 from probes.bottleneck import for_task
+from probes.evaluation import named, slices
 from probes.grid import Arm, Grid
 from probes.judge import Judge, judge
 from probes.matching import Resolved, longest, resolve
 from probes.small_runs import Ledger
 from probes.study import Numbers, Study
+from probes.tasks.task import Probe
 from training.checkpoint import Checkpoints
 from training.data import DataConfig, Dataset
 from training.experiment import Experiment
@@ -69,6 +71,7 @@ def dataset_of(config: DataConfig) -> Dataset:
 
 def prepare(study: Study) -> list[Resolved]:
     """The cells, matched. Raises ConfigError, in a line, for what cannot be trained."""
+    check_slices(study)
     try:
         cells = resolve(study, lambda experiment: dataset_of(experiment.data))
     except ValueError as error:
@@ -80,6 +83,19 @@ def prepare(study: Study) -> list[Resolved]:
         if experiment.model.W < words:
             raise ConfigError(f"{resolved.cell.name}: model.W is {experiment.model.W}, but the data has {words} words")
     return cells
+
+
+def check_slices(study: Study) -> None:
+    """Raises ConfigError for a claim or a reference at a slice that its cells are not asked."""
+    by_name = {cell.name: cell for cell in study.cells}
+    read = [(name, claim.slice) for claim in study.claims for name in (claim.more, claim.less)]
+    read += [(point.name, point.slice) for point in study.references]
+    for name, slice in read:
+        if slice and (cell := by_name.get(name)) is not None:
+            data = cell.experiment.data
+            known = [named(said) for said in slices(data.test)] if isinstance(data, Probe) else []
+            if slice not in known:
+                raise ConfigError(f"{name!r} is read at {slice!r}, but is asked {'; '.join(known) or 'no slices'}")
 
 
 def opened(path: Path, *, writable: bool = True) -> Ledger:

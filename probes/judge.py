@@ -1,12 +1,13 @@
 """What a study's arms are measured by: questions of a probe, or held-out text."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from probes.evaluation import Answer, evaluate, mean_accuracy
 from probes.tasks import draws
-from probes.tasks.task import Part, ProbeData
+from probes.tasks.task import Part, ProbeData, Task
 from training.data import Batch, Dataset
 from training.settings import ConfigError
 from training.step import LOG2
@@ -34,6 +35,11 @@ class Judge(Protocol):
     def test(self, answers: Answer) -> Said: ...
 
 
+def _answers_alone(law: Any) -> Task:
+    """A law that trains on every next token, as MAD does, is judged by its answers: the others are guesses."""
+    return dataclasses.replace(law, targets="asked") if getattr(law, "targets", "asked") == "all" else law
+
+
 class ByQuestions:
     """Accuracy of a probe, the mean over its slices."""
 
@@ -42,7 +48,7 @@ class ByQuestions:
     def __init__(self, data: ProbeData):
         config = data.config
         self._tests, self._labelled = config.test, data.labelled
-        laws = list(dict.fromkeys(part.task for part in config.train))
+        laws = list(dict.fromkeys(_answers_alone(part.task) for part in config.train))
         self._validation = [(Part(law, VALIDATION), draws.fold(law.test_seed(), 1)) for law in laws]
 
     def validate(self, answers: Answer) -> float:

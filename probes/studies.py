@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
+from typing import Any
 
 from probes.study import Study
 from training.settings import ROOT, ConfigError, execute, replaced
@@ -57,6 +58,25 @@ def find(name: str) -> tuple[Study, str]:
     return tiers[tier], path.stem if tier == USUAL else f"{path.stem}@{tier}"
 
 
+def _stepped(study: Study, steps: int) -> Study:
+    """With other steps in the base, and in choices that bring a training of their own (`of_experiments`)."""
+
+    def other(field: str, value: Any) -> tuple[str, Any]:
+        return (field, dataclasses.replace(value, steps=steps) if field == "train" else value)
+
+    axes = tuple(
+        dataclasses.replace(
+            axis,
+            choices=tuple(
+                dataclasses.replace(choice, changes=tuple(other(*change) for change in choice.changes))
+                for choice in axis.choices
+            ),
+        )
+        for axis in study.axes
+    )
+    return dataclasses.replace(study, base=replaced(study.base, "train.steps", steps), axes=axes)
+
+
 def changed(study: Study, options: Options) -> Study:
     """The study with what the options change."""
     for field in ("seeds", "together"):
@@ -67,7 +87,7 @@ def changed(study: Study, options: Options) -> Study:
     if options.steps is not None:
         if options.steps < 1:
             raise ConfigError(f"steps is {options.steps}: it must be at least 1")
-        study = dataclasses.replace(study, base=replaced(study.base, "train.steps", options.steps))
+        study = _stepped(study, options.steps)
     names = [cell.name for cell in study.cells]
     for name in options.only:
         if name not in names:

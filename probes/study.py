@@ -89,6 +89,7 @@ class Claim:
 
     says: the claim. source: paper, table or figure. more, less: cells (Cell.name); the first does better, seed by seed.
     least: by how much on average, to count. slice: a slice's name, as in "length 512", if the claim is of it alone.
+    at: bytes of state; more and less are then choices of an axis, each read on the line through its cells.
     untestable: why it cannot be judged at this size; then the cells are not compared.
     """
 
@@ -98,16 +99,22 @@ class Claim:
     less: str = ""
     least: float = 0.01
     slice: str = ""
+    at: int = 0
     untestable: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A published point: of a cell's name, or of any other."""
+    """A published point: of a cell's name, or of any other.
+
+    choice: of an axis, to be read beside it on the line through its cells, at as many bytes of state. slice: of ours.
+    """
 
     name: str
     value: float
     state_bytes: int | None = None
+    choice: str = ""
+    slice: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +188,21 @@ class Study:
             )
         if self.within not in ("", *known):
             raise ConfigError(f"Study.within is {self.within!r}: it must be an axis ({', '.join(known)})")
-        named = {cell.name for cell in self.cells}
+        cells = {cell.name for cell in self.cells}
+        choices = {choice.name for axis in self.axes for choice in axis.choices}
         for claim in self.claims:
+            kind, every = ("choice", choices) if claim.at else ("cell", cells)
             for name in () if claim.untestable else (claim.more, claim.less):
-                if name not in named:
+                if name not in every:
                     raise ConfigError(
-                        f"a claim names the cell {name!r}, which is not one of {', '.join(sorted(named))}"
+                        f"a claim names the {kind} {name!r}, which is not one of {', '.join(sorted(every))}"
                     )
+        for point in self.references:
+            if point.choice and (point.choice not in choices or point.state_bytes is None):
+                raise ConfigError(
+                    f"the reference {point.name!r} is read beside {point.choice!r}: that must be a choice of an axis, "
+                    "and the reference needs state_bytes"
+                )
 
     @property
     def cells(self) -> "tuple[Cell, ...]":

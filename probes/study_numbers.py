@@ -195,25 +195,48 @@ class Verdict:
 
 
 def verdicts(study: Study, found: Sequence[Result]) -> list[Verdict]:
-    by_name = {result.name: result for result in found}
-    return [_verdict(claim, by_name) for claim in study.claims]
+    return [_verdict(claim, found) for claim in study.claims]
 
 
-def _verdict(claim: Claim, by_name: Mapping[str, Result]) -> Verdict:
+def line(found: Sequence[Result], choice: str) -> list[Result]:
+    """The trained cells of a choice, by bytes of state."""
+    mine = [r for r in found if r.chosen and choice in dict(r.resolved.cell.choices).values()]
+    return sorted(mine, key=lambda result: result.resolved.costs["state_bytes"])
+
+
+def at_bytes(cells: Sequence[Result], size: float, values: Sequence[float]) -> float | None:
+    """Between cells of a line, along the logarithm of their bytes; None outside of them. values: one of each."""
+    sizes = [result.resolved.costs["state_bytes"] for result in cells]
+    if not sizes or not sizes[0] <= size <= sizes[-1]:
+        return None
+    return float(np.interp(math.log(size), np.log(sizes), values))
+
+
+def _verdict(claim: Claim, found: Sequence[Result]) -> Verdict:
     if claim.untestable:
         return Verdict(claim, "not testable here", claim.untestable)
-    pair = [by_name.get(name) for name in (claim.more, claim.less)]
-    rows = [{row["arm"]["seed"]: row for row in result.chosen} if result else {} for result in pair]
-    seeds = sorted(rows[0].keys() & rows[1].keys())
+    names = (claim.more, claim.less)
+    lines = [line(found, name) if claim.at else [r for r in found if r.name == name and r.chosen] for name in names]
+    rows = [[{row["arm"]["seed"]: row for row in result.chosen} for result in cells] for cells in lines]
+    seeds = sorted(set.intersection(*(set(of) for cells in rows for of in cells))) if all(lines) else []
     if not seeds:
         return Verdict(claim, "not trained yet")
-    measured = [[_measured(side[seed], claim.slice) for seed in seeds] for side in rows]
-    if any(one is None for side in measured for one in side):
-        return Verdict(claim, "not testable here", f"these cells are not both asked {claim.slice!r}")
-    values = [[one[0] for one in side if one] for side in measured]
-    bars = [mean([one[1] for one in side if one]) for side in measured]
+    values: list[list[float]] = []
+    bars: list[float] = []
+    for cells, of in zip(lines, rows, strict=True):
+        read = [[_measured(mine[seed], claim.slice) for mine in of] for seed in seeds]
+        if any(one is None for side in read for one in side):
+            return Verdict(claim, "not testable here", f"these cells are not both asked {claim.slice!r}")
+        known = [[one for one in side if one] for side in read]
+        each = [at_bytes(cells, claim.at, [v for v, _ in side]) if claim.at else side[0][0] for side in known]
+        if None in each:
+            return Verdict(
+                claim, "not testable here", f"these cells do not both have about {claim.at:,} bytes of state"
+            )
+        values.append([value for value in each if value is not None])
+        bars.append(mean([bar for side in known for _, bar in side]))
     means = [mean(side) for side in values]
-    higher = rows[0][seeds[0]]["higher"]
+    higher = lines[0][0].chosen[0]["higher"]
     differences = tuple((more - less) * (1 if higher else -1) for more, less in zip(*values, strict=True))
 
     def verdict(said: Said, why: str = "") -> Verdict:
@@ -226,6 +249,8 @@ def _verdict(claim: Claim, by_name: Mapping[str, Result]) -> Verdict:
         apart = min(differences) > FAR or max(differences) < -FAR
         if not apart and all(value <= bar + NEAR + ROUND for value, bar in zip(means, bars, strict=True)):
             return verdict("not testable here", "both are no better than guessing")
+    if len(seeds) < 2:
+        return verdict("not testable here", "one seed alone says nothing of the next")
     if min(differences) > 0 and mean(differences) >= claim.least - ROUND:
         return verdict("seen")
     if max(differences) < 0 and mean(differences) <= ROUND - claim.least:

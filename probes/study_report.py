@@ -1,5 +1,6 @@
 """The report of a study, as Markdown, HTML and pictures: made of its ledger alone, and the same when made again."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from probes.study_numbers import (
     Result,
     Row,
     Verdict,
+    at_bytes,
     goal,
     guess,
     guessing,
+    line,
     of_slice,
     once,
     ranked,
@@ -156,7 +159,7 @@ def _claim(verdict: Verdict) -> Item:
     if verdict.why:
         lines.append(f"Why: {verdict.why.rstrip('.')}.")
     if verdict.differences:
-        of = f" at {claim.slice}" if claim.slice else ""
+        of = f" at {claim.slice}" if claim.slice else f" at {claim.at:,} bytes" if claim.at else ""
         low, high = min(verdict.differences), max(verdict.differences)
         seeds = count(len(verdict.differences), "seed")
         lines.append(
@@ -193,8 +196,10 @@ def _results(study: Study, found: Sequence[Result]) -> list[Block]:
         mine = {measure: f"{bar:.3f}"} | {name: _guess(trained, name) for name in shown}
         rows.append(("(guessing)", *(mine.get(head, "") for head in columns)))
     seeds = max((len(result.chosen) for result in trained), default=0)
-    caption = "Each cell at its best setting, which was chosen by validation rows"
-    caption += "; mean over seeds (least to most)." if seeds > 1 else "; one seed."
+    several = any(len(result.settings) > 1 for result in trained)
+    caption = "Each cell at its best setting, which was chosen by validation rows; " if several else ""
+    caption += "mean over seeds (least to most)." if seeds > 1 else "one seed."
+    caption = caption[:1].upper() + caption[1:]
     blocks: list[Block] = [Table(caption, ("cell", *columns), tuple(rows))]
     if same:
         blocks.append(Paragraph(f"The same in all rows: {'; '.join(same)}."))
@@ -258,6 +263,14 @@ def _guess(trained: Sequence[Result], name: str) -> str:
     return f"{guess(scores[0]):.3f}"
 
 
+def _measure(result: Result, slice: str) -> float:
+    """The mean over seeds, of all or of a slice; NaN if it was not asked that."""
+    if not slice:
+        return result.test
+    scores = [score["accuracy"] for row in result.chosen if (score := of_slice(row, slice)) is not None]
+    return float(np.mean(scores)) if scores else math.nan
+
+
 def _published(study: Study, found: Sequence[Result]) -> Table:
     by_name = {result.name: result for result in found}
     measure = next((result.chosen[0]["measure"] for result in found if result.chosen), "result")
@@ -265,19 +278,26 @@ def _published(study: Study, found: Sequence[Result]) -> Table:
     columns |= {"bytes of state, published": [], "bytes of state, ours": []}
     for point in study.references:
         mine = by_name.get(point.name)
-        ours = mine.test if mine and mine.chosen else None
+        ours = None if mine is None or not mine.chosen else _measure(mine, point.slice)
+        size = f"{mine.resolved.costs['state_bytes']:,.0f}" if mine else ""
+        if point.choice and (cells := line(found, point.choice)):
+            ours = at_bytes(cells, point.state_bytes or 0, [_measure(result, point.slice) for result in cells])
+            size = f"{cells[0].resolved.costs['state_bytes']:,.0f} to {cells[-1].resolved.costs['state_bytes']:,.0f}"
         values = (
             f"{point.value:.3f}",
             "" if ours is None else f"{ours:.3f}",
             "" if ours is None else f"{ours - point.value:+.3f}",
             "" if point.state_bytes is None else f"{point.state_bytes:,}",
-            f"{mine.resolved.costs['state_bytes']:,.0f}" if mine else "",
+            size,
         )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     columns = {head: column for head, column in columns.items() if any(column)}
     rows = [(point.name, *(c[r] for c in columns.values())) for r, point in enumerate(study.references)]
-    return Table(f"Published values beside ours, {measure}.", ("name", *columns), tuple(rows))
+    caption = f"Published values beside ours, {measure}."
+    if any(point.choice for point in study.references):
+        caption += " Ours is read between cells, at the published bytes; empty outside of ours."
+    return Table(caption, ("name", *columns), tuple(rows))
 
 
 def _made(found: Sequence[Result]) -> list[Block]:

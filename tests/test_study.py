@@ -22,12 +22,13 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.linear import LinearAttention
 from models.lm import LM, Stage
 from probes import ablation
-from probes.ablation import LEDGER, Stopped, Work, opened, prepare, run
+from probes.ablation import LEDGER, Stopped, Work, check_slices, opened, prepare, run
 from probes.judge import ByQuestions, ByText
 from probes.matching import resolve
 from probes.small_runs import SmallRun
 from probes.studies import Options, changed, find, study_files
-from probes.study import Axis, Choice, Claim, Match, Study, axis
+from probes.study import Axis, Choice, Claim, Match, Reference, Study, axis, of_experiments
+from probes.tasks.in_context import InContext
 from probes.tasks.recall import MQAR
 from probes.tasks.task import Part, Probe
 from training.data import Text
@@ -339,6 +340,7 @@ def test_every_shipped_study_can_be_prepared(name):
     assert set(tiers) == {"smoke", "laptop", "paper"} or name == "memory_layers_smoke"
     for tier, study in tiers.items():
         assert study.cells and study.about.endswith("?")
+        check_slices(study)
         if tier == "laptop":
             assert study.seeds >= 2 and study.claims and study.notes
     cells = prepare(tiers["smoke"])
@@ -368,6 +370,40 @@ def test_studies_are_found_by_name(tmp_path):
     (tmp_path / "mine.py").write_text("tiers = {}")
     with pytest.raises(ConfigError, match="it has no `tiers`"):
         find(str(tmp_path / "mine.py"))
+
+
+def test_mad_replaces_the_mixer_of_each_block_and_leaves_the_mlp():
+    for tier, study in execute(study_files()["mad_lite"]).tiers.items():
+        kinds = [[type(layer).__name__ for layer in cell.experiment.model.stages[0].pattern] for cell in study.cells]
+        assert all(kind[-1] == "MLP" for kind in kinds)
+        assert {kind[-2] for kind in kinds} == {type(choice.changes[0][1]).__name__ for choice in study.axes[1].choices}
+        assert {len(kind) for kind in kinds} == {2 if tier == "paper" else 3}, "a convolution before it, or none"
+
+
+def test_a_claim_about_what_is_not_asked_is_refused():
+    law = dataclasses.replace(LAW, length=24)
+    base = dataclasses.replace(BASE, data=Probe(B=4, train=(Part(LAW),), test=(Part(LAW, 8), Part(law, 8))))
+    check_slices(dataclasses.replace(STUDY, base=base, claims=(Claim("", "", "16", "24", slice="length 24"),)))
+    with pytest.raises(ConfigError, match="'16' is read at 'length 64', but is asked length 16; length 24"):
+        prepare(dataclasses.replace(STUDY, base=base, claims=(Claim("", "", "16", "24", slice="length 64"),)))
+    for at, message in (({"at": 1}, "names the choice '17'"), ({}, "names the cell '17'")):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(STUDY, claims=(Claim("", "", "16", "17", **at),))
+    for point in (Reference("x", 0.5, 10, "17"), Reference("x", 0.5, None, "16")):
+        with pytest.raises(ConfigError, match="must be a choice of an axis, and the reference needs state_bytes"):
+            dataclasses.replace(STUDY, references=(point,))
+
+
+def test_what_trains_on_every_token_is_chosen_by_its_answers():
+    law = InContext(vocab=8, length=16, targets="all")
+    (part, _), *others = ByQuestions(Probe(B=4, train=(Part(law, 8),), test=(Part(law, 8),)).build())._validation
+    assert part.task == dataclasses.replace(law, targets="asked") and not others
+
+
+def test_steps_are_those_of_every_task():
+    tasks = of_experiments("task", {"one": BASE, "two": dataclasses.replace(BASE, train=Train(steps=20))})
+    study = changed(dataclasses.replace(STUDY, axes=(tasks, WIDTHS)), Options(steps=3))
+    assert {cell.experiment.train.steps for cell in study.cells} == {3} == {study.base.train.steps}
 
 
 def test_options_change_a_study():

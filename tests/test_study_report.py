@@ -200,12 +200,50 @@ def test_verdicts(more, less, changes, said):
 def test_verdicts_on_a_slice():
     """By its own accuracy and its own guessing: the plateau, or chance where there is none."""
     claims = [Claim("", "", more="a", less="b", slice=f"pairs {pairs}") for pairs in (4, 16, 5)]
-    made = study(("a", "b"), seeds=1, claims=tuple(claims))
+    made = study(("a", "b"), claims=tuple(claims))
     a, b = resolved(made)
-    rows = [row(a, 0, 0.5, scores={4: 0.26, 16: 0.26}), row(b, 0, 0.5, scores={4: 0.20, 16: 0.20})]
+    rows = [row(cell, s, 0.5, scores={4: x, 16: x}) for cell, x in ((a, 0.26), (b, 0.20)) for s in (0, 1)]
     said = verdicts(made, results(made, [a, b], rows))
     assert [v.said for v in said] == ["not testable here", "seen", "not testable here"]
     assert said[1].more == 0.26 and said[1].less == 0.20 and "'pairs 5'" in said[2].why
+
+
+def test_claims_at_equal_bytes_are_read_between_cells():
+    """a has 100, 400 and 1,600 bytes, b 6,400, 25,600 and 102,400: halfway by the logarithm is half of both cells."""
+    widths = Axis("width", (Choice("1"), Choice("2"), Choice("3")))
+    memory = Axis("memory", (Choice("a"), Choice("b")))
+    sizes = (200, 6_400, 51_200)
+    claims = tuple(Claim("", "", more="a", less="b", at=size) for size in sizes)
+    points = (Reference("theirs", 0.5, 200, "a"), Reference("theirs, large", 0.7, 5_000, "a"))
+    made = study(axes=(memory, widths), claims=claims, references=points)
+    cells = resolved(made)
+    costs = [
+        dict(cell.costs, state_bytes=size) for cell, size in zip(cells, (100, 400, 1600, 25, 400, 6400), strict=True)
+    ]
+    cells = [dataclasses.replace(cell, costs=cost) for cell, cost in zip(cells, costs, strict=True)]
+    values = ((0.4, 0.6, 0.8), (0.2, 0.3, 0.4))
+    rows = [row(cells[3 * m + w], s, values[m][w] + s / 10) for m in (0, 1) for w in (0, 1, 2) for s in (0, 1)]
+    found = results(made, cells, rows)
+    inside, beyond, absent = verdicts(made, found)
+    assert inside.said == "seen" and inside.more == pytest.approx(0.55) and inside.less == pytest.approx(0.325)
+    assert inside.differences == pytest.approx((0.225, 0.225))
+    assert beyond.said == absent.said == "not testable here" and "do not both have about 6,400 bytes" in beyond.why
+    assert study_report._claim(inside).lines[1].startswith("a at 200 bytes: 0.550; b at 200 bytes: 0.325.")
+    table = study_report._published(made, found)
+    assert [line[:4] for line in table.rows] == [
+        ("theirs", "0.500", "0.550", "+0.050"),
+        ("theirs, large", "0.700", "", ""),
+    ]
+    assert {line[-1] for line in table.rows} == {"100 to 1,600"} and "Ours is read between cells" in table.caption
+    assert [v.said for v in verdicts(made, results(made, cells, rows[:1]))] == ["not trained yet"] * 3
+
+
+def test_one_seed_says_nothing_of_the_next():
+    made = study(("a", "b"), seeds=1, claims=(Claim("", "", more="a", less="b"),))
+    a, b = resolved(made)
+    (verdict,) = verdicts(made, results(made, [a, b], [row(a, 0, 0.9), row(b, 0, 0.5)]))
+    assert verdict.said == "not testable here" and verdict.why.startswith("one seed")
+    assert verdict.difference == pytest.approx(0.4)
 
 
 def test_seeds_are_compared_with_the_same_seed_of_the_other():
@@ -218,9 +256,10 @@ def test_seeds_are_compared_with_the_same_seed_of_the_other():
 
 def test_the_better_text_model_is_the_one_with_fewer_bits():
     claims = (Claim("", "", more="a", less="b"), Claim("", "", more="b", less="a"))
-    made = study(("a", "b"), seeds=1, claims=claims)
+    made = study(("a", "b"), claims=claims)
     a, b = resolved(made)
-    said = verdicts(made, results(made, [a, b], [text(a, 0, 1.5), text(b, 0, 1.7)]))
+    rows = [text(cell, s, bits) for cell, bits in ((a, 1.5), (b, 1.7)) for s in (0, 1)]
+    said = verdicts(made, results(made, [a, b], rows))
     assert [v.said for v in said] == ["seen", "the opposite"]
     assert said[0].difference == pytest.approx(0.2)
 

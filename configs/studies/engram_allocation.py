@@ -78,10 +78,10 @@ tiers = {
                 Text(T=2048, B=128, source="data/fineweb-edu", tokenizer="data/llama-2/tokenizer.json"),
                 32_000, 20_000, 2e-3, dtype="bfloat16", remat="block",
             ),
-            2048, 12, _words, {"5%": 8_000, "10%": 16_000, "20%": 33_000, "30%": 50_000, "45%": 75_000},
+            2048, 12, _words, {"5%": 7_200, "10%": 14_500, "20%": 29_000, "30%": 43_400, "45%": 65_200},
             range(64, 2049, 64),
         ),
-        seeds=1,
+        seeds=2,
         claims=CLAIMS,
     ),
 }  # fmt: skip

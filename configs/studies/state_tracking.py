@@ -39,33 +39,42 @@ def study(*names: str, layers: dict[str, LayerConfig] = LAYERS) -> Study:
     )
 
 
-def claims(task: str, length: int) -> tuple[Claim, ...]:
-    far = f"length {length}"
+def claims(far: str) -> tuple[Claim, ...]:
+    """far: the slice of the longest rows of parity."""
+
+    def claim(says: str, task: str, more: str, less: str, slice: str, source: str = SOURCE) -> Claim:
+        return Claim(says, source, f"{task}, {more}", f"{task}, {less}", least=0.2, slice=slice)
+
     return (
-        Claim(
+        claim(
             "With eigenvalues down to -1 DeltaNet solves parity beyond the training length, with 0 to 1 it does not.",
-            SOURCE,
-            f"{task}, DeltaNet, -1 to 1",
-            f"{task}, DeltaNet, 0 to 1",
-            least=0.2,
-            slice=far,
+            "parity",
+            "DeltaNet, -1 to 1",
+            "DeltaNet, 0 to 1",
+            far,
         ),
-        Claim(
-            "So does Gated DeltaNet.",
-            SOURCE,
-            f"{task}, Gated DeltaNet, -1 to 1",
-            f"{task}, Gated DeltaNet, 0 to 1",
-            least=0.2,
-            slice=far,
-        ),
-        Claim(
+        claim("So does Gated DeltaNet.", "parity", "Gated DeltaNet, -1 to 1", "Gated DeltaNet, 0 to 1", far),
+        claim(
             "Mamba-2, whose eigenvalues lie between 0 and 1, stays behind.",
-            SOURCE,
-            f"{task}, DeltaNet, -1 to 1",
-            f"{task}, Mamba-2",
-            least=0.2,
-            slice=far,
+            "parity",
+            "DeltaNet, -1 to 1",
+            "Mamba-2",
+            far,
         ),
+        claim("So does attention.", "parity", "DeltaNet, -1 to 1", "attention", far),
+    )
+
+
+def others(far: str) -> tuple[Claim, ...]:
+    """Of states that are more than a sign; the sources have more than one layer."""
+    sums = f"{SOURCE}: modular arithmetic without brackets, 0.31 to 0.97 of what is above chance"
+    said = (
+        ("mod5", "Negative eigenvalues help with sums modulo 5.", sums),
+        ("s3", "And with products of permutations.", f"{SOURCE}: products of reflections"),
+    )
+    return tuple(
+        Claim(says, source, f"{task}, DeltaNet, -1 to 1", f"{task}, DeltaNet, 0 to 1", least=0.1, slice=far)
+        for task, says, source in said
     )
 
 
@@ -74,7 +83,7 @@ tiers = {
     "smoke": dataclasses.replace(study("parity@smoke", layers=_few), seeds=1, checks=4),
     "laptop": dataclasses.replace(
         study("parity", "mod5", "s3"),
-        claims=claims("parity", 320),
+        claims=claims("length 320") + others("length 320"),
         notes="Parity, sums modulo 5 and products in S3 (the permutations of three things), trained at 40 tokens and "
         "asked up to 320; one layer and an MLP. A product of two reflections, which S3's rotations take, needs two "
         "steps of a delta rule a token: one layer that writes once has one.",
@@ -82,6 +91,6 @@ tiers = {
     "paper": dataclasses.replace(
         study("parity@paper", "a5@paper", "s5@paper"),
         rates=(1e-3, 3e-3),
-        claims=claims("parity", 256),
+        claims=claims("length 256, shortest 40"),
     ),
 }
