@@ -62,11 +62,17 @@ def numbers(rows: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> list[dict]:
-    """The rows of STUDY, trained without a break."""
+def ledger(tmp_path_factory) -> Path:
+    """Of STUDY, trained without a break."""
     mine = work(tmp_path_factory.mktemp("finished"))
     assert run(mine) == 8
-    return numbers(mine.ledger.rows)
+    return mine.folder / LEDGER
+
+
+@pytest.fixture(scope="module")
+def finished(ledger) -> list[dict]:
+    """Its rows."""
+    return numbers(opened(ledger, writable=False).rows)
 
 
 # On paper.
@@ -202,6 +208,29 @@ def test_a_finished_study_trains_nothing(finished, tmp_path, monkeypatch):
     (tmp_path / LEDGER).write_text("".join(json.dumps(row) + "\n" for row in finished))
     monkeypatch.setattr(ablation, "_program", None)
     assert run(work(tmp_path)) == 0
+
+
+def test_the_command_trains_what_is_missing_and_reports_and_then_trains_nothing(ledger, tmp_path, monkeypatch, capsys):
+    """From half a ledger to the report, as a user has it; the second call takes seconds and changes no byte."""
+    study, folder = tmp_path / "kept.py", tmp_path / "out"
+    study.write_text("from test_study import STUDY\n\ntiers = {'laptop': STUDY}\n")
+    folder.mkdir()
+    (folder / LEDGER).write_text("".join(ledger.read_text().splitlines(keepends=True)[:4]))
+    assert ablate.main([str(study), "--folder", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "24: 4 arms, accuracy" in said and f"written: {folder}/report.md" in said.replace("\n", "")
+    known = [
+        [(row["digest"], row["arm"], row["curve"], row["test"]) for row in opened(of, writable=False).rows]
+        for of in (folder / LEDGER, ledger)
+    ]
+    assert known[0] == known[1]
+    report = (folder / "report.md").read_text()
+    assert "2 cells were trained, 8 of 8 arms" in report and (folder / "report.html").is_file()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(ablation, "_program", None)
+    since = time.perf_counter()
+    assert ablate.main([str(study), "--folder", str(folder)]) == 0 and time.perf_counter() - since < 20
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_study_that_is_extended_trains_what_is_missing(finished, tmp_path):
