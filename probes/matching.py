@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from models.parameters import Structure, flatten
+from probes.bottleneck import for_task
 from probes.study import Cell, Match, Quantity, Study
 from probes.tasks.task import Probe
 from training.data import Dataset
@@ -53,7 +54,8 @@ class Costs:
     """Of an experiment, each found when it is asked for: nothing is computed but shapes."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
-        self.experiment, self.dataset = experiment, dataset
+        model = for_task(experiment.model, experiment.data)  # what is trained
+        self.experiment, self.dataset = dataclasses.replace(experiment, model=model), dataset
 
     @functools.cached_property
     def _model(self) -> tuple[Any, Structure]:

@@ -24,13 +24,14 @@ from models.lm import LM, Stage
 from probes import ablation
 from probes.ablation import LEDGER, Stopped, Work, check_slices, opened, prepare, run
 from probes.judge import ByQuestions, ByText
-from probes.matching import resolve
+from probes.matching import Costs, resolve
 from probes.small_runs import SmallRun
 from probes.studies import Options, changed, find, study_files
 from probes.study import Axis, Choice, Claim, Match, Reference, Study, axis, of_experiments
 from probes.tasks.in_context import InContext
 from probes.tasks.recall import MQAR
-from probes.tasks.task import Part, Probe
+from probes.tasks.task import Part, Probe, discover
+from probes.trial import experiment as trial
 from training.data import Text
 from training.experiment import AdamW, Experiment, Schedule, Train
 from training.lock import RunLock
@@ -421,6 +422,14 @@ def test_a_claim_about_what_is_not_asked_is_refused():
     for point in (Reference("x", 0.5, 10, "17"), Reference("x", 0.5, None, "16")):
         with pytest.raises(ConfigError, match="must be a choice of an axis, and the reference needs state_bytes"):
             dataclasses.replace(STUDY, references=(point,))
+
+
+def test_what_a_bottleneck_adds_counts():
+    """Its decoder is trained, so its parameters and arithmetic are a cell's, too: two matrices of D x 4 D."""
+    tasks = {name: trial(Attention(H=2), discover()[f"mad_{name}@smoke"]) for name in ("compress", "recall")}
+    compress, recall = (Costs(experiment, experiment.data.build()) for experiment in tasks.values())
+    D, words = 64, tasks["recall"].model.W - tasks["compress"].model.W
+    assert compress("parameters") - recall("parameters") == 8 * D**2 - D * words
 
 
 def test_what_trains_on_every_token_is_chosen_by_its_answers():

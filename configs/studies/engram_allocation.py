@@ -68,7 +68,8 @@ tiers = {
         ),
         claims=CLAIMS,
         notes="Bytes of Python source, half a million parameters, 600,000 bytes read: a dense model. The paper's law "
-        "is of a mixture of experts at 5.7 and 9.9 billion, whose sparse parameters alone are divided.",
+        "is of a mixture of experts at 5.7 and 9.9 billion, whose sparse parameters alone are divided. The text is "
+        "that of the Python that runs it: under another version all arms are trained again.",
     ),
     "paper": dataclasses.replace(
         study(
