@@ -203,15 +203,53 @@ def literal(manifest):
     return textwrap.dedent(block)
 
 
-@pytest.mark.parametrize(("status", "kept"), [(0, "0"), (2, "2"), (1, "1"), (143, None), (138, None)])
-def test_a_queued_tpu_says_how_the_training_ended(stubs, capsys, status, kept):
-    """In the bucket, unless it was told to stop: then it goes on later."""
+def bucket(home, naps=""):
+    """A gcloud that keeps `launch.status` in a file, and a sleep that does not. naps: what that does instead."""
+    (home / "stubs" / "gcloud").write_text(
+        f'#!/bin/bash\ncd {home}\ncase "$2" in cat) cat ended ;; cp) cat > ended ;; rm) rm ended ;; esac\n'
+    )
+    (home / "stubs" / "sleep").write_text(f"#!/bin/bash\necho again >> {home}/tries\n{naps}\n")
+    (home / "stubs" / "sleep").chmod(0o755)
+
+
+def tries(home):
+    return (home / "tries").read_text().count("again") + 1 if (home / "tries").exists() else 1
+
+
+@pytest.mark.parametrize(
+    ("status", "times"),
+    [(0, 1), (1, 1), (2, 1), (130, 1), (138, 1), (143, 1), (69, 10), (70, 10), (134, 10), (137, 10), (139, 10)],
+)
+def test_a_queued_tpu_says_how_the_training_ended(stubs, capsys, status, times):
+    """Whatever the end: a TPU that nobody knows to be idle is paid for. The same command is tried where it goes on."""
     home = stubs.parent
-    (home / "stubs" / "gcloud").write_text(f"#!/bin/bash\ncat > {home}/ended\n")
+    bucket(home)
     (home / "status").write_text(str(status))
     answer, _ = trained(files(said(capsys, *ASKED["queued"]))["startup.sh"], home)
-    assert answer.returncode == status
-    assert (home / "ended").read_text().strip() == kept if kept else not (home / "ended").exists()
+    assert answer.returncode == status and (home / "ended").read_text().strip() == str(status)
+    assert tries(home) == times
+
+
+@pytest.mark.parametrize(("before", "after"), [("143", False), ("1", True)])
+def test_a_queued_tpu_that_comes_back_was_not_told_to_stop(stubs, capsys, before, after):
+    home = stubs.parent
+    bucket(home)
+    (home / "ended").write_text(before)
+    head = files(said(capsys, *ASKED["queued"]))["startup.sh"].partition("ending() {")[0]
+    assert bash(head).returncode == 0 and (home / "ended").exists() == after
+
+
+@pytest.mark.parametrize("target", ["queued", "slurm"])
+def test_tries_are_counted_anew_after_a_checkpoint(stubs, capsys, target):
+    """Of the fifth try, and one that is no newer of the seventh."""
+    home = stubs.parent
+    name, run = {"queued": ("startup.sh", "bucket/runs/titans_mac@340M"), "slurm": ("train.sbatch", "run")}[target]
+    script = files(said(capsys, *ASKED[target]))[name].replace(f" {SHARED}", f" {home}/run")
+    steps = f"case $(wc -l < {home}/tries) in 4) mkdir -p $at/20 ;; 6) mkdir $at/10 ;; esac"
+    bucket(home, f"at={home}/{run}/checkpoints\n{steps}")
+    (home / "status").write_text("137")
+    answer, _ = trained(script, home)
+    assert answer.returncode == 137 and tries(home) == 4 + 10
 
 
 def test_a_setup_that_fails_says_where(stubs, capsys):
@@ -221,14 +259,19 @@ def test_a_setup_that_fails_says_where(stubs, capsys):
     assert answer.stderr == 'error: setup stopped at: make env ACCELERATOR="$accelerator" PYTHON="$python"\n'
 
 
-@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (143, False), (138, True)])
-def test_a_slurm_job_that_ran_out_of_time_queues_again(stubs, capsys, status, again):
+@pytest.mark.parametrize(
+    ("status", "times", "queued"),
+    [(0, 1, False), (2, 1, False), (143, 1, False), (138, 1, True), (69, 10, False), (70, 10, False), (253, 10, False)],
+)
+def test_a_slurm_job_that_ran_out_of_time_queues_again(stubs, capsys, status, times, queued):
+    """One that lost a process tries again within its time."""
     home = stubs.parent
+    bucket(home)
     (home / "status").write_text(str(status))
     script = files(said(capsys, *ASKED["slurm"]))["train.sbatch"]
     answer, _ = trained(script, home, env=os.environ | {"SLURM_JOB_ID": "17"})
-    assert answer.returncode == status
-    assert calls(stubs) == ([["scontrol", "requeue", "17"]] if again else [])
+    assert answer.returncode == status and tries(home) == times
+    assert calls(stubs) == ([["scontrol", "requeue", "17"]] if queued else [])
 
 
 @pytest.mark.parametrize(
@@ -237,10 +280,13 @@ def test_a_slurm_job_that_ran_out_of_time_queues_again(stubs, capsys, status, ag
         (["NOT_FOUND", "WAITING_FOR_RESOURCES", "ACTIVE", "ended"], ["create", "delete"], 0),
         (["ACTIVE", "SUSPENDED", "PROVISIONING", "network", "ACTIVE", "ended"], ["delete", "create", "delete"], 0),
         (["FAILED"], [], 1),
+        (["ACTIVE", "stopped", "ACTIVE", *["stopped"] * 9, "ACTIVE", "ended"], ["delete"], 0),
+        (["stopped"] * 10 + ["SUSPENDED", "ACTIVE", "ended"], ["delete", "create", "delete", "create", "delete"], 0),
+        (["killed"], ["delete"], 137),
     ],
 )
 def test_the_watch_asks_again_until_the_training_has_ended(stubs, capsys, states, done, status):
-    """Each look is answered by the next state; `ended`: the training's status is in the bucket."""
+    """Each look is answered by the next state; `ended`, `killed`, `stopped`: an exit status is in the bucket."""
     home = stubs.parent
     (home / "states").write_text("\n".join(states) + "\n")
     (home / "stubs" / "gcloud").write_text(
@@ -249,8 +295,9 @@ cd {home}
 case "$*" in
   *describe*) state=$(head -n 1 states); sed -i 1d states; echo "$state" > now; echo "WARNING: old" >&2
     case "$state" in
-      NOT_FOUND|network) echo "ERROR: $state" >&2; exit 1 ;; ended) echo ACTIVE ;; *) echo $state ;; esac ;;
-  *cat*) test $(cat now) = ended && echo 0 ;;
+      NOT_FOUND|network) echo "ERROR: $state" >&2; exit 1 ;; ended|killed|stopped) echo ACTIVE ;;
+      *) echo $state ;; esac ;;
+  *cat*) case $(cat now) in ended) echo 0 ;; killed) echo 137 ;; stopped) echo 143 ;; *) exit 1 ;; esac ;;
   *rm*) ;;
   *create*|*delete*) test "$4 $(cat now)" != "delete NOT_FOUND" || exit 1; echo "$4" >> done ;;
 esac
@@ -298,18 +345,7 @@ def test_several_hosts_run_the_same_command(stubs, capsys):
     assert "parallelism: 4\n          completions: 4\n" in text and "google.com/tpu: 4\n" in text
     text = said(capsys, *ASKED["slurm"], "--nodes", "2")
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in text
-    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in text and "\nsrun --kill-on-bad-exit=1 .venv/bin/python" in text
-
-
-def test_a_queued_tpu_begins_again_when_a_process_was_lost(stubs, capsys):
-    home = stubs.parent
-    (home / "status").write_text("69")
-    (home / "stubs" / "gcloud").write_text(f"#!/bin/bash\ncat > {home}/ended\n")
-    (home / "stubs" / "sleep").write_text(f"#!/bin/bash\necho again >> {home}/tries\n")
-    (home / "stubs" / "sleep").chmod(0o755)
-    answer, _ = trained(files(said(capsys, *ASKED["queued"]))["startup.sh"], home)
-    assert answer.returncode == 69 and (home / "ended").read_text().strip() == "69"
-    assert (home / "tries").read_text().count("again") == 9
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in text and "\n  srun --kill-on-bad-exit=1 .venv/bin/python" in text
 
 
 VM, SLURM = ASKED["vm"], ASKED["slurm"]

@@ -7,8 +7,15 @@ from tpu.options import Queued, Vm
 from tpu.plan import Command, Plan
 
 # Asks again each time that the TPU was taken away. No answer, where the network failed, changes nothing. Warnings may
-# stand before the state.
+# stand before the state. A training that was told to stop goes on with its TPU, which is mostly about to go: where it
+# is neither gone nor back after ten looks, somebody else told it, and the TPU is asked for anew.
 _WATCH = r"""
+again() {
+  "${forget[@]}" 2> /dev/null || true
+  "${delete[@]}" 2> /dev/null || true
+  "${create[@]}" || { echo "error: the request was refused" >&2; exit 1; }
+}
+stopped=0
 while true; do
   if ! state=$("${describe[@]}" 2>&1); then
     echo "$state"
@@ -17,47 +24,48 @@ while true; do
   echo "$(date) $state"
   case "$state" in
     *SUSPENDED | ABSENT)
-      "${forget[@]}" 2> /dev/null || true
-      "${delete[@]}" 2> /dev/null || true
-      "${create[@]}" || { echo "error: the request was refused" >&2; exit 1; }
+      again
+      stopped=0
       ;;
     *FAILED)
       echo "error: the request failed; describe it to see why: ${describe[*]}" >&2
       exit 1
       ;;
     *ACTIVE)
-      if status=$("${ended[@]}" 2> /dev/null); then
-        echo "the training ended with exit status $status; deleting the TPU, the run stays in its bucket"
-        "${delete[@]}"
-        exit "$status"
-      fi
+      status=$("${ended[@]}" 2> /dev/null) || status=
+      case $status in
+        "") stopped=0 ;;
+        STOPPED)
+          stopped=$((stopped + 1))
+          if [ "$stopped" -ge 10 ]; then
+            echo "the training was told to stop, exit status $status, and its TPU stays: asking for it anew"
+            again
+            stopped=0
+          fi
+          ;;
+        *)
+          echo "the training ended with exit status $status; deleting the TPU, the run stays in its bucket"
+          "${delete[@]}"
+          exit "$status"
+          ;;
+      esac
       ;;
   esac
   sleep 60
 done
-"""
+""".replace("STOPPED", scripts.STOPPED)
 
-# Says how the training ended, in the bucket; nothing where it was told to stop, since then it will go on.
+# Says how the training ended, in the bucket, whatever the end. A TPU that comes back trains again, and what it said
+# when it was told to stop holds no more.
 _ENDING = r"""
+case $(gcloud storage cat "$ended" 2> /dev/null) in STOPPED) gcloud storage rm --quiet "$ended" || true ;; esac
 ending() {
   local status=$?
-  case $status in 130 | 137 | 138 | 143) ;; *) echo "$status" | gcloud storage cp --quiet - "$ended" ;; esac
+  echo "$status" | gcloud storage cp --quiet - "$ended"
 }
 trap ending EXIT
 trap 'exit 143' TERM
-"""
-
-# Where a process is lost, the others leave with 69 (training/processes.py), and all of them begin again.
-_BEGIN = """tries=0
-while true; do
-  status=0
-  """
-_AGAIN = """ || status=$?
-  case $status in 69 | 134 | 137) ;; *) exit "$status" ;; esac
-  tries=$((tries + 1))
-  [ "$tries" -lt 10 ] || exit "$status"
-  sleep 10
-done"""
+""".replace("STOPPED", scripts.STOPPED)
 
 
 def _at(options: Vm) -> tuple[str, ...]:
@@ -134,7 +142,7 @@ def queued(options: Queued, config: str, flags: list[str], place: Path) -> Plan:
         startup: scripts.script(
             scripts.assignments(ended=ended) + _ENDING,
             scripts.setup(options, "tpu", packages=True),
-            scripts.train(options, config, flags, bucket=options.bucket, how=_BEGIN, after=_AGAIN),
+            scripts.train(options, config, flags, bucket=options.bucket, again=True, after='exit "$status"\n'),
         )
     }
     if options.action == "watch":

@@ -7,9 +7,8 @@ from tpu import scripts
 from tpu.options import Gke
 from tpu.plan import Command, Plan
 
-# Exit status 1 (diverged) and 2 (a config that cannot be trained) would only come again: they end the job. The script
-# is a file of a ConfigMap, because Kubernetes would read $(...) in arguments as its own. Names are quoted, because YAML
-# would read `true` as its own.
+# Exit statuses that would only come again end the job (scripts.FINAL). The script is a file of a ConfigMap, because
+# Kubernetes would read $(...) in arguments as its own. Names are quoted, because YAML would read `true` as its own.
 _MANIFEST = """\
 apiVersion: v1
 kind: ConfigMap
@@ -43,7 +42,7 @@ spec:
                 onExitCodes:
                   containerName: train
                   operator: In
-                  values: [1, 2]
+                  values: {final}
           template:
             metadata:
               annotations:
@@ -101,6 +100,7 @@ def manifest(options: Gke, config: str, flags: list[str]) -> str:
         image=options.image,
         chips=options.slice.chips_of_a_host,
         bucket=options.bucket,
+        final=list(scripts.FINAL),
     )
 
 

@@ -40,6 +40,28 @@ mkdir -p "$HOME/bucket"
 mountpoint -q "$HOME/bucket" || gcsfuse --implicit-dirs --rename-dir-limit 100000 "$bucket" "$HOME/bucket"
 """
 
+# Exit statuses after which the same command goes on, but not at once: 128 + the signal that said so.
+STOPPED = "130 | 138 | 143"
+# Those that would only come again: it diverged, or an error was not foreseen (1); it cannot be trained (2).
+FINAL = (1, 2)
+
+# From any other end the same command goes on: a process was lost (69), a step hung (70), a runtime or the kernel ended
+# it (134, 137, 139). Ten tries, counted anew when a checkpoint came in between.
+_AGAIN = """\
+newest() {{ ls {run}/checkpoints 2> /dev/null | grep -x '[0-9]*' | sort -n | sed -n '$p'; }}
+tries=0 reached=$(newest)
+while true; do
+  status=0
+  {command} || status=$?
+  case $status in 0 | {final} | {stopped}) break ;; esac
+  now=$(newest)
+  if [ "${{now:-0}}" -gt "${{reached:-0}}" ]; then tries=0 reached=$now; fi
+  tries=$((tries + 1))
+  [ "$tries" -lt 10 ] || break
+  sleep 10
+done
+"""
+
 
 def assignments(**values: str) -> str:
     """Lines of bash that set variables, whatever the values hold."""
@@ -58,22 +80,33 @@ def setup(options: Common, accelerator: str, *, packages: bool = False) -> str:
 
 
 def train(
-    options: Common, config: str, flags: list[str], *, root: str = "", bucket: str = "", how: str = "", after: str = ""
+    options: Common,
+    config: str,
+    flags: list[str],
+    *,
+    root: str = "",
+    bucket: str = "",
+    how: str = "",
+    again: bool = False,
+    after: str = "",
 ) -> str:
     """Trains, or goes on: train.py goes on where the run's folder has a checkpoint.
 
     root: a folder that the run's is in; empty for the code's. bucket: mounted first, with the run's folder in it.
     how: what stands before the command: exec, so that it gets the signals, or what starts it on every node.
-    after: what stands behind it.
+    again: until it has come to an end of which `$status` says the exit status. after: what stands behind it.
     """
     head = assignments(commit=options.commit, config=config, **({"bucket": bucket} if bucket else {}))
     folder = ('"$HOME/bucket"/' if bucket else root) + shlex.quote(options.folder)
+    command = f'{how}.venv/bin/python train.py "$config" --run {folder} "${{flags[@]}}"'
+    if again:
+        command = _AGAIN.format(run=folder, command=command, final=" | ".join(map(str, FINAL)), stopped=STOPPED)
     return (
         "# The same command trains, and goes on where the run's folder has a checkpoint.\n"
         f"{head}flags=({shlex.join(flags)})\n\n"
         f'set -e\nexport HOME="${{HOME:-/root}}"\n{_MOUNT.lstrip() if bucket else ""}'
         f'cd "$HOME/engrax-$commit"\n'
-        f'{how}.venv/bin/python train.py "$config" --run {folder} "${{flags[@]}}"{after}\n'
+        f"{command.rstrip()}\n{after}"
     )
 
 

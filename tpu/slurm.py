@@ -7,8 +7,9 @@ from tpu.options import Slurm
 from tpu.plan import Command, Plan
 
 # USR1 goes to train.py three minutes before the limit: it saves and leaves with 138, and the job queues again. A job
-# that is preempted, Slurm queues again by itself. Singleton: the job waits for an older one of the same name. The
-# processes find each other by the variables that srun sets for each (training/processes.py).
+# that is preempted or loses a node, Slurm queues again by itself; one that loses a process tries again within its time.
+# Singleton: the job waits for an older one of the same name. The processes find each other by the variables that srun
+# sets for each (training/processes.py).
 _DIRECTIVES = """\
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
@@ -38,9 +39,8 @@ def job(options: Slurm, config: str, flags: list[str], log: str) -> str:
     directives += f"#SBATCH --account={options.account}\n" if options.account else ""
     # JAX takes one GPU a process under Slurm unless it is told which; here a process has all of its node's.
     ids = ",".join(map(str, range(options.gpus)))
-    srun = "status=0\nsrun --kill-on-bad-exit=1 "
-    train = scripts.train(options, config, flags, how=srun, after=" || status=$?")
-    return scripts.script(f"{directives}\nexport JAX_LOCAL_DEVICE_IDS={ids}\n", train + _AGAIN.lstrip())
+    train = scripts.train(options, config, flags, how="srun --kill-on-bad-exit=1 ", again=True, after=_AGAIN.lstrip())
+    return scripts.script(f"{directives}\nexport JAX_LOCAL_DEVICE_IDS={ids}\n", train)
 
 
 def slurm(options: Slurm, config: str, flags: list[str], place: Path) -> Plan:
