@@ -33,7 +33,8 @@ ASKED = {
     "gke": ["gke", "quickstart", *NAMED, "--accelerator", "v6e-8", "--bucket", "my-runs", "--spot"],
     "slurm": ["slurm", "quickstart", *NAMED, "--folder", SHARED, "--gpus", "4", "--partition", "long"],
 }
-HARD = ["--train.steps", "500", "--description", """it's "odd": $HOME `date` $(date) \\ {x} ü  #1 !""", "", "*"]
+ODD = """it's "odd": $HOME `date` $(date) \\ {x} ü  #1 !"""
+HARD = ["--train.steps", "500", "--description", ODD, "--sample", "", "--data.source", "*"]
 CASES = [(target, action) for target, kind in TARGETS.items() for action in kind.actions]
 
 
@@ -383,6 +384,24 @@ BARE = ["vm", "quickstart", *NAMED, *PLACE]
         ([*BARE, "--spot"], "would be on the TPU's own disk, but a spot TPU's disk goes with it: give --bucket"),
         ([*BARE, "--action", "restart"], "restart deletes the TPU, and the run on its disk"),
         (["queued", *BARE[1:]], "bucket is empty: give --bucket"),
+        (
+            ["vm", "quickstart", "--name", "x", *CODE],
+            "accelerator, project, zone are empty: give --accelerator, a ",
+        ),
+        (
+            ["slurm", "quickstart"],
+            "name, repository, commit, folder are empty: give --name, lower-case letters",
+        ),
+        (
+            ["vm", "laptop", *TPU, "--accelerator", "v5litepod-16"],
+            "accelerator v5litepod-16 has 16 devices: data.B is 8, "
+            "which does not divide over mesh.data = 16: choose a multiple, such as 16, in a flag after --",
+        ),
+        ([*VM, "--accelerator", "v3-8", "--", "--data.B", "4"], "v3-8 has 8 devices: data.B is 4, which"),
+        ([*VM, "--accelerator", "v6e-16", "--", "--mesh.data", "4"], "leave process 1 without a device: make their"),
+        ([*SLURM, "--nodes", "3"], "--nodes 3 --gpus 4 has 12 devices: data.B is 16, which does not divide over"),
+        ([*VM, "--", "--train.stesp", "5"], "there is no field --train.stesp: did you mean --train.steps"),
+        ([*VM, "--", "--data.B", "many"], "data.B"),
         (["gke", "quickstart", *NAMED, "--accelerator", "v3-8", "--bucket", "my-runs"], "on gke take v6e"),
         ([*ASKED["gke"], "--image", 'x" y'], "image is"),
         ([*ASKED["gke"], "--restarts", "-1"], "restarts is -1"),
@@ -407,6 +426,20 @@ def test_help_teaches(capsys, target):
     assert end.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert all(f"--{field.name.replace('_', '-')}" in printed for field in dataclasses.fields(TARGETS[target]))
+    assert printed.count("(required)") == len(TARGETS[target].required())
+
+
+def test_required_are_those_that_have_no_value_of_their_own():
+    code = ["name", "repository", "commit"]
+    assert TARGETS["vm"].required() == [*code, "accelerator", "project", "zone"]
+    assert TARGETS["queued"].required() == [*code, "accelerator", "bucket", "project", "zone"]
+    assert TARGETS["gke"].required() == [*code, "accelerator", "bucket"]
+    assert TARGETS["slurm"].required() == [*code, "folder"]
+
+
+def test_what_divides_nowhere_can_still_be_followed_and_deleted(stubs, capsys):
+    for action in ("logs", "delete"):
+        assert said(capsys, "vm", "laptop", *TPU, "--accelerator", "v5litepod-16", "--action", action)
 
 
 def test_slices():
@@ -417,6 +450,7 @@ def test_slices():
     for generation in chips.GENERATIONS.values():
         for number, topology in generation.topologies.items():
             assert math.prod(map(int, topology.split("x"))) == number
+    assert [chips.read(name).devices for name in ("v3-8", "v5p-8", "v6e-8")] == [8, 4, 8]
     with pytest.raises(ConfigError):
         chips.read("v5litepod-2")
 

@@ -18,6 +18,7 @@ class Generation:
     cores: what the number in a type's name counts, for each chip: 2 where it counts TensorCores, 1 where chips.
     largest: chips of the largest type that is one host.
     topologies: the shape for each number of chips.
+    devices: that JAX sees of a chip.
     node: the value of GKE's label gke-tpu-accelerator; "" where we have no pool to offer.
     runtime: the image of a TPU VM.
     """
@@ -27,6 +28,7 @@ class Generation:
     topologies: dict[int, str]
     node: str
     runtime: str
+    devices: int = 1
 
 
 GENERATIONS = {
@@ -34,8 +36,8 @@ GENERATIONS = {
     "v5p": Generation(2, 4, CUBE, "tpu-v5p-slice", "v2-alpha-tpuv5"),
     "v5litepod": Generation(1, 8, FLAT, "tpu-v5-lite-podslice", "v2-alpha-tpuv5-lite"),
     "v4": Generation(2, 4, CUBE, "tpu-v4-podslice", "tpu-ubuntu2204-base"),
-    "v3": Generation(2, 4, {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}, "", "tpu-ubuntu2204-base"),
-    "v2": Generation(2, 4, {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}, "", "tpu-ubuntu2204-base"),
+    "v3": Generation(2, 4, {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}, "", "tpu-ubuntu2204-base", devices=2),
+    "v2": Generation(2, 4, {4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}, "", "tpu-ubuntu2204-base", devices=2),
 }
 
 
@@ -55,6 +57,10 @@ class Slice:
     @property
     def chips_of_a_host(self) -> int:
         return self.chips // self.hosts
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.generation.devices
 
 
 def read(name: str) -> Slice:

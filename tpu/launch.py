@@ -5,9 +5,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import tyro
+
 from tpu.cloud import queued, vm
 from tpu.gke import gke
-from tpu.options import TARGETS, check_config, check_flags, default_folder
+from tpu.options import TARGETS, check_config, check_flags, check_training, default_folder
 from tpu.plan import LaunchError, Plan
 from tpu.slurm import slurm
 from training.door import enter, failed
@@ -63,7 +65,8 @@ def launch(arguments: list[str]) -> int:
     said, flags = rest[:cut], rest[cut + 1 :]
     default, program = TARGETS[target](), f"python -m tpu.launch {target} CONFIG"
     if "-h" in said or "--help" in said:
-        parse(default, ["--help"], program=program)
+        missing = dict.fromkeys(default.required(), tyro.MISSING)  # which are shown as required
+        parse(dataclasses.replace(default, **missing), ["--help"], program=program)
     if not said or said[0].startswith("-"):
         raise ConfigError(f"a config comes after the target: python -m tpu.launch {target} quickstart ...")
     config = said.pop(0)
@@ -76,6 +79,8 @@ def launch(arguments: list[str]) -> int:
     if not options.folder and target != "slurm":
         options = dataclasses.replace(options, folder=default_folder(config))
     options.check()
+    if options.action not in ("logs", "delete"):
+        check_training(options, config, flags)
     plan = PLANS[target](options, config, flags, Path("runs/launch") / options.name)
     if not options.run:
         first = "This is what --run would do; nothing was done."

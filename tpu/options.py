@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tpu import chips
-from training.settings import ROOT, ConfigError, config_files, locate
+from training.settings import ROOT, ConfigError, config_files, load, locate
 
 # Names that stand in commands, manifests and scripts: none needs quoting anywhere.
 FORMS = {
@@ -20,6 +20,7 @@ FORMS = {
     "folder": (r"[A-Za-z0-9_.@+=/-]+", "a path of letters, digits and _ . @ + = - /"),
     "python": (r"[A-Za-z0-9_.@+=/-]+", "a Python 3.11 or newer, such as python3.11"),
     "image": (r"[a-z0-9][-A-Za-z0-9_.:/@]*", "a container image with Python, git and make, such as python:3.12"),
+    "accelerator": (r".+", "a TPU type, such as v5litepod-8"),
     "account": (r"[A-Za-z0-9_][-A-Za-z0-9_.]*", "an account of the cluster"),
     "partition": (r"[A-Za-z0-9_][-A-Za-z0-9_.,]*", "a partition of the cluster"),
     "service_account": (r"[a-z0-9][-a-z0-9.]*", "a Kubernetes service account that may write to the bucket"),
@@ -48,12 +49,28 @@ class Common:
     run: bool = False
     dry_run: bool = False
     actions: ClassVar[tuple[str, ...]] = ("start", "logs", "restart", "delete")
-    optional: ClassVar[tuple[str, ...]] = ()  # fields that may be empty
+    optional: ClassVar[tuple[str, ...]] = ("folder",)  # fields that may be empty
 
     @property
     def hosts(self) -> int:
         """Machines that train, with a process each (training/processes.py)."""
         raise NotImplementedError
+
+    @property
+    def devices(self) -> int:
+        """That JAX will see, of all machines."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """What these devices are, as the command line has it."""
+        raise NotImplementedError
+
+    @classmethod
+    def required(cls) -> list[str]:
+        """Fields that have to be given."""
+        empty = [field.name for field in dataclasses.fields(cls) if field.name in FORMS and field.default == ""]
+        return [name for name in empty if name not in cls.optional]
 
     def check(self) -> None:
         """Raises ConfigError, in a line that names the field, for what cannot be launched."""
@@ -61,6 +78,9 @@ class Common:
             raise ConfigError(f"action is {self.action!r}: it must be one of {', '.join(self.actions)}")
         if self.run and self.dry_run:
             raise ConfigError("--run does it and --dry-run prints it: give one of them")
+        if missing := [name for name in self.required() if getattr(self, name) == ""]:
+            said = "; ".join(f"{_flag(name)}, {FORMS[name][1]}" for name in missing)
+            raise ConfigError(f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} empty: give {said}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             form, meaning = FORMS.get(field.name, (None, ""))
@@ -68,7 +88,7 @@ class Common:
                 continue
             if not re.fullmatch(form, value):
                 given = "is empty" if value == "" else f"is {value!r}"
-                raise ConfigError(f"{field.name} {given}: give --{field.name.replace('_', '-')}, {meaning}")
+                raise ConfigError(f"{field.name} {given}: give {_flag(field.name)}, {meaning}")
         if ".." in self.folder.split("/"):
             raise ConfigError(f"folder is {self.folder!r}: give it without ..")
 
@@ -93,6 +113,14 @@ class Tpu(Common):
     def hosts(self) -> int:
         return self.slice.hosts
 
+    @property
+    def devices(self) -> int:
+        return self.slice.devices
+
+    @property
+    def place(self) -> str:
+        return f"accelerator {self.accelerator}"
+
     def check(self) -> None:
         super().check()
         if self.folder.startswith("/"):
@@ -116,7 +144,7 @@ class Vm(Tpu):
     zone: str = ""
     runtime: str = ""
     actions: ClassVar[tuple[str, ...]] = ("start", "resume", "logs", "restart", "delete")
-    optional: ClassVar[tuple[str, ...]] = ("bucket", "runtime")
+    optional: ClassVar[tuple[str, ...]] = ("folder", "bucket", "runtime")
 
     def check(self) -> None:
         super().check()
@@ -129,7 +157,7 @@ class Queued(Vm):
     """A queued resource: a TPU that is asked for, comes when there is one, and trains as soon as it is up."""
 
     actions: ClassVar[tuple[str, ...]] = ("start", "watch", "logs", "restart", "delete")
-    optional: ClassVar[tuple[str, ...]] = ("runtime",)
+    optional: ClassVar[tuple[str, ...]] = ("folder", "runtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +205,14 @@ class Slurm(Common):
     def hosts(self) -> int:
         return self.nodes
 
+    @property
+    def devices(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def place(self) -> str:
+        return f"--nodes {self.nodes} --gpus {self.gpus}"
+
     def check(self) -> None:
         for field in ("nodes", "gpus", "cpus"):
             if getattr(self, field) < 1:
@@ -188,6 +224,10 @@ class Slurm(Common):
                 f"folder is {self.folder!r}: it must lie on a disk that every node sees, since a job may go on on "
                 "another: give --folder, from / on"
             )
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 TARGETS: dict[str, type[Common]] = {"vm": Vm, "queued": Queued, "gke": Gke, "slurm": Slurm}
@@ -212,6 +252,21 @@ def check_flags(flags: list[str]) -> None:
             raise ConfigError("the run's folder is said before --, by --folder")
         if not flag.isprintable():
             raise ConfigError(f"{flag!r} holds a line break or another character that cannot be printed")
+
+
+def check_training(options: Common, name: str, flags: list[str]) -> None:
+    """Raises ConfigError for what train.py would refuse on these machines: a flag, a size that does not divide."""
+    from training.flags import Options, parse  # these import jax
+    from training.layout import axis_sizes
+
+    plain, _, size = name.partition("@")
+    given = Options(load(locate(plain), size), Path(options.folder))
+    asked = parse(given, flags, program=f"python train.py {name}").experiment
+    owners = [host for host in range(options.hosts) for _ in range(options.devices // options.hosts)]
+    try:
+        axis_sizes(asked.mesh, asked.data.B, asked.data.T, owners)
+    except ValueError as error:
+        raise ConfigError(f"{options.place} has {options.devices} devices: {error}, in a flag after --") from error
 
 
 def default_folder(config: str) -> str:

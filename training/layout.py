@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -142,30 +142,40 @@ def build_layout(config: Mesh, B: int, T: int, devices: list[Any] | None = None)
     """
     if devices is None:  # those of a process side by side, so that its rows are
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    sizes = axis_sizes(config, B, T, [device.process_index for device in devices])
+    grid = np.array(devices[: math.prod(sizes.values())]).reshape(list(sizes.values()))
+    if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
+        raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
+    return Layout(jax.sharding.Mesh(grid, AXES), config.tables == "host")
+
+
+def axis_sizes(config: Mesh, B: int, T: int, owners: Sequence[int]) -> dict[str, int]:
+    """Devices along each axis of a config's mesh, for batches [B, T]. owners: of each device its process, in order.
+
+    Raises ValueError, with the fix, where sizes do not divide.
+    """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"{' and '.join(f'mesh.{axis}' for axis in free)} are both -1: fix one of them")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     said = " and ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size != 1) or "mesh.data = 1"
-    if any(size < 1 and size != -1 for size in sizes.values()) or len(devices) % fixed:
-        fit = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        raise ValueError(f"{said} do not fit {len(devices)} devices: their product (without a -1) must be one of {fit}")
+    if any(size < 1 and size != -1 for size in sizes.values()) or len(owners) % fixed:
+        fit = ", ".join(str(n) for n in range(1, len(owners) + 1) if len(owners) % n == 0)
+        raise ValueError(f"{said} do not fit {len(owners)} devices: their product (without a -1) must be one of {fit}")
     if free:
-        sizes[free[0]] = len(devices) // fixed
+        sizes[free[0]] = len(owners) // fixed
     if B % (rows := math.prod(sizes[axis] for axis in BATCH)):
         named = " x ".join(f"mesh.{axis}" for axis in BATCH if sizes[axis] > 1)
-        raise ValueError(f"data.B is {B}, which does not divide over {named} = {rows}: choose a multiple")
+        multiple = f"choose a multiple, such as {-(-B // rows) * rows}"
+        raise ValueError(f"data.B is {B}, which does not divide over {named} = {rows}: {multiple}")
     if T % sizes[SEQUENCE]:
         raise ValueError(
             f"data.T is {T}, which does not divide over mesh.sequence = {sizes[SEQUENCE]}: choose a multiple"
         )
     count = math.prod(sizes.values())
-    if left := sorted({d.process_index for d in devices} - {d.process_index for d in devices[:count]}):
-        raise ValueError(f"{said} leave process {left[0]} without a device: make their product {len(devices)}")
-    grid = np.array(devices[:count]).reshape(list(sizes.values()))
+    if left := sorted(set(owners) - set(owners[:count])):
+        raise ValueError(f"{said} leave process {left[0]} without a device: make their product {len(owners)}")
     if config.tables == "host" and count > 1:
         raise ValueError(f"mesh.tables is 'host', for a mesh of one device, and this has {count}: set mesh.data to 1")
-    if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
-        raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
-    return Layout(jax.sharding.Mesh(grid, AXES), config.tables == "host")
+    return sizes
