@@ -10,8 +10,10 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from rich.console import Console
@@ -28,7 +30,7 @@ from training.layout import build_layout
 from training.prefix import PrefixText
 from training.run import prepare
 from training.settings import ROOT, ConfigError
-from training.summary import PEAKS
+from training.summary import peak_flops
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "aot"
 REWRITE = "ENGRAX_REWRITE_GOLDEN" in os.environ
@@ -150,8 +152,14 @@ def test_the_floor_by_hand():
 
 
 def test_chips_agree_with_what_training_says_of_their_peak():
-    for kind, name in {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6"}.items():
-        assert chips.CHIPS[kind].flops == PEAKS[name]
+    """By the names that libtpu gives them."""
+    names = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    assert names.keys() == chips.CHIPS.keys()
+    for kind, name in names.items():
+        devices = np.array([SimpleNamespace(device_kind=name)] * 6)
+        chip = chips.CHIPS[kind]
+        assert peak_flops(SimpleNamespace(devices=devices)) == 6 * chip.flops / chip.devices
+    assert peak_flops(build_layout(Mesh(data=2), 8, 8).mesh) is None  # of a CPU nobody says
 
 
 def test_topologies():

@@ -167,7 +167,7 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "run": escape(str(run)),
     }
     show(console, experiment, job.model, job.structure, job.layout, facts)
-    return {"flops": flops, "peak": peak_flops() or 0.0}
+    return {"flops": flops, "peak": peak_flops(job.layout.mesh) or 0.0}
 
 
 class Outcome(dict):

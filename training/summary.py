@@ -18,17 +18,20 @@ from training.flops import count_flops
 from training.layout import Layout
 
 MIB = 2**20
-PEAKS = {  # dense bf16 FLOP/s of a device, from its vendor's data sheet, by what its `device_kind` holds
+# Dense bf16 FLOP/s of a device, from its vendor's data sheet (cloud.google.com/tpu/docs/v5p and so on), by what its
+# `device_kind` holds; the first that it holds counts. JAX calls a v5p "TPU v5", and a chip of TPU7x is two devices.
+PEAKS = {
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v6": 918e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
+    "TPU7x": 2307e12 / 2,
 }  # fmt: skip
 
 
-def peak_flops() -> float | None:
-    """Of all devices together; None where the kind is not known."""
-    kind = jax.devices()[0].device_kind
+def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """Of all devices of a mesh together; None where their kind is not known."""
+    kind = mesh.devices.flat[0].device_kind
     peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
-    return None if peak is None else peak * jax.device_count()
+    return None if peak is None else peak * mesh.devices.size
 
 
 def bytes_of(tree: Any) -> int:
