@@ -117,8 +117,12 @@ def test_where_rows_lie():
     assert build_layout(Mesh(data=8), B, T).spec(spec) == P(None, None, None)
     odd = spec._replace(shape=(2, 255, 4))
     assert build_layout(MESHES["fsdp"][0], B, T).report({"t": odd}) == [
-        "t is replicated: W = 255 does not divide over fsdp"
+        "t lies whole over mesh.fsdp, 2,040 parameters: W = 255 does not divide over 8 devices; "
+        "choose a multiple of 8, or another mesh.fsdp"
     ]
     half = spec._replace(shape=(2, 6, 4))
     layout = build_layout(MESHES["both"][0], B, T)
-    assert layout.spec(half) == P(None, ("model",), None) and layout.report({"t": half}) == []
+    assert layout.spec(half) == P(None, ("model",), None)
+    (line,) = layout.report({"t": half})
+    sizes = layout.mesh.shape["fsdp"] * layout.mesh.shape["model"]
+    assert f"over mesh.fsdp x mesh.model, 48 parameters: W = 6 does not divide over {sizes} devices; " in line

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,12 @@ class Layout:
         """The batch's rows over `data` and `fsdp`, their tokens over `sequence`."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH, SEQUENCE))
 
+    @property
+    def batch_axes(self) -> tuple[str, str]:
+        """The axes of more than one device that its rows and its tokens lie over, in words."""
+        rows, tokens = ([a for a in axes if self.mesh.shape[a] > 1] for axes in (BATCH, (SEQUENCE,)))
+        return " and ".join(rows), " and ".join(tokens)
+
     def share(self, B: int) -> slice | None:
         """The rows of a batch of B that this process makes: all those on its devices. None for one process: all."""
         if processes.count() == 1:
@@ -123,16 +129,40 @@ class Layout:
         return dict(sorted(found.items(), key=lambda item: -item[1]["parameters"]))
 
     def report(self, specs: dict[str, Spec]) -> list[str]:
-        """What stays whole although a rule names one of its letters, and why."""
-        lines = []
+        """What stays whole along an axis of the mesh although a rule names one of its letters, and what to do: a line
+        for all arrays with the same reason, those of most parameters first."""
+        found: dict[tuple[str, tuple[str, ...]], dict[str, int]] = {}
         for name, spec in specs.items():
-            ruled = [a for a in spec.axes if any(self.mesh.shape[axis] > 1 for axis in RULES.get(a, ()))]
-            if spec.table and self._named and not self.rows(spec):
-                lines.append(f"{name} is replicated: W = {spec.shape[-2]} does not divide over {self._named[-1]}")
-            elif not spec.table and ruled and not any(self.spec(spec)):
-                sizes = ", ".join(f"{a} = {spec.shape[spec.axes.index(a)]}" for a in ruled)
-                lines.append(f"{name} is replicated: {sizes} does not divide over {', '.join(RULES[ruled[0]])}")
+            for reason in self._left(spec):
+                found.setdefault(reason, {})[name] = math.prod(spec.shape)
+        lines = []
+        for (sizes, axes), arrays in sorted(found.items(), key=lambda item: -sum(item[1].values())):
+            over = " x ".join(f"mesh.{axis}" for axis in axes)
+            count = math.prod(self.mesh.shape[axis] for axis in axes)
+            largest = max(arrays, key=lambda name: arrays[name])
+            some = f"{largest} lies" if len(arrays) == 1 else f"{len(arrays)} arrays such as {largest} lie"
+            lines.append(
+                f"{some} whole over {over}, {sum(arrays.values()):,} parameters: {sizes} does not divide over {count} "
+                f"devices; choose a multiple of {count}, or another {over}"
+            )
         return lines
+
+    def _left(self, spec: Spec) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(sizes of the letters that the rules name, the axes of the mesh that divide none of them)"""
+        if spec.table:
+            if self.rows(spec) != self._named:
+                yield f"W = {spec.shape[-2]}", self._named
+            return
+        taken = set(self.spec(spec))
+        for axis in AXES:
+            ruled = [f"{a} = {n}" for a, n in zip(spec.axes, spec.shape, strict=True) if axis in RULES.get(a, ())]
+            if ruled and self.mesh.shape[axis] > 1 and axis not in taken:
+                yield " or ".join(ruled), (axis,)
+
+    def stream(self, B: int, T: int, *widths: int) -> tuple[int, ...]:
+        """What a device holds of the residual stream, [B, T, *widths]."""
+        shape = (B, T, *widths)
+        return NamedSharding(self.mesh, placed("BT", shape, dict(self.mesh.shape))).shard_shape(shape)
 
 
 def build_layout(config: Mesh, B: int, T: int, devices: list[Any] | None = None) -> Layout:

@@ -163,7 +163,7 @@ def describe(job: Job, console: Console, run: Path) -> dict[str, float]:
         "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}, mesh "
         + job.layout.said
         + f", {processes.count()} processes" * (processes.count() > 1),
-        **where(job.layout, job.structure.specs, job.state),
+        **where(experiment, job.layout, job.structure.specs, job.state),
         "run": escape(str(run)),
     }
     show(console, experiment, job.model, job.structure, job.layout, facts)

@@ -1,7 +1,7 @@
 """What a run is about to do, told before it does it."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +64,53 @@ def parameter_count(specs: dict[str, Spec]) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-def where(layout: Layout, specs: dict[str, Spec], state: Any) -> dict[str, str]:
-    """What to say of where a training state lies, and of what a device holds of it before it computes anything."""
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    parts = layout.params(specs)
+class Held(NamedTuple):
+    """Bytes of a device. stream: of the residual stream, whole at one place of the model. kept: of it, by the blocks
+    whose backward pass begins from it."""
+
+    state: int
+    gradients: int
+    stream: int
+    kept: int
+
+
+def held(experiment: Experiment, layout: Layout, specs: dict[str, Spec], state: Any) -> Held:
+    """What a device holds of a step, as far as shapes say it; what layers need in between is not there.
+
+    state: of arrays or ShapeDtypeStructs with shardings.
+    """
+    model, parts = experiment.model, layout.params(specs)
+    own = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
     slopes = 4 * sum(math.prod(parts[name].shard_shape(spec.shape)) for name, spec in specs.items())
-    said = {"memory": f"{held / MIB:,.1f} MiB a device for parameters and optimiser, {slopes / MIB:,.1f} for gradients"}
+    stream = math.prod(_stream(experiment, layout)) * jnp.dtype(model.dtype).itemsize
+    return Held(own, slopes, stream, stream * sum(stage.repeats for stage in model.stages))
+
+
+def _stream(experiment: Experiment, layout: Layout) -> tuple[int, ...]:
+    model, data = experiment.model, experiment.data
+    streams = (model.streams,) if model.streams > 1 else ()
+    return layout.stream(data.B // experiment.train.accumulate, data.T, *streams, model.D)
+
+
+def where(experiment: Experiment, layout: Layout, specs: dict[str, Spec], state: Any) -> dict[str, str]:
+    """What to say of where a training state, a batch and activations lie, and of what a device holds of them."""
+    found = held(experiment, layout, specs, state)
+    shape = " x ".join(map(str, _stream(experiment, layout)))
+    blocks = sum(stage.repeats for stage in experiment.model.stages)
+    kept = f"kept by each of {blocks} blocks: {found.kept / MIB:,.1f} MiB"
+    if experiment.model.remat != "block":
+        kept += f", and what model.remat {experiment.model.remat!r} keeps within them"
+    said = {
+        "memory": f"{found.state / MIB:,.1f} MiB a device for parameters and optimiser, "
+        f"{found.gradients / MIB:,.1f} for gradients",
+        "activations": f"residual stream {shape} a device, {kept}",
+    }
     if layout.mesh.size > 1:
         spread = layout.sharded(specs).items()
         said["layout"] = "; ".join(f"{over}: {found['parameters']:,} parameters" for over, found in spread)
+        rows, tokens = layout.batch.shard_shape((experiment.data.B, experiment.data.T))
+        over = [f"{what} over {axes}" for what, axes in zip(("rows", "tokens"), layout.batch_axes, strict=True) if axes]
+        said["batch"] = f"{rows} x {tokens} tokens a device; {', '.join(over) or 'whole on every device'}"
     return said
 
 
