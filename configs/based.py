@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.titans_lmm import laptop
+from configs.titans_lmm import FSDP, laptop
 from layers.attention import Attention
 from layers.gated_conv import GatedConv
 from layers.layer import LayerConfig
@@ -26,7 +26,7 @@ def stage(layers: tuple[LayerConfig, ...], D: int, repeats: int = 1) -> Stage:
     return Stage(tuple(part for layer in layers for part in (layer, MLP(F=2 * D))), repeats)
 
 
-def paper(size: str, D: int, parameters: int) -> Experiment:
+def paper(size: str, D: int, parameters: int, pod: str) -> Experiment:
     """Taylor and window at 1-2, 6-7, 11-12, 16-17, 21-22, and at 1.3B also 27-28 and 33-34; convolutions elsewhere."""
     conv, taylor, window = mixers(D, 16, 16, 128)
     five = (conv, taylor, window, conv, conv)
@@ -39,7 +39,9 @@ def paper(size: str, D: int, parameters: int) -> Experiment:
         data=Text(T=2048, B=256, source="data/pile", tokenizer="data/gpt2/tokenizer.json"),
         optimizer=AdamW(lr=8e-4, schedule=Schedule(warmup=200, shape="cosine", final=0.1)),
         train=Train(steps=20_000, eval_every=1000, checkpoint_every=1000),
+        mesh=FSDP,
         parameters=parameters,
+        pod=pod,
     )
 
 
@@ -48,4 +50,7 @@ conv, taylor, window = mixers(128, 4, 16, 64)
 config = dataclasses.replace(
     config, model=dataclasses.replace(config.model, stages=(stage((conv, taylor, window, conv), 128),))
 )
-sizes = {"360M": paper("360M", 1024, 362_613_760), "1.3B": paper("1.3B", 1792, 1_349_440_512)}
+sizes = {
+    "360M": paper("360M", 1024, 362_613_760, "v5p:2x2x4"),
+    "1.3B": paper("1.3B", 1792, 1_349_440_512, "v5p:2x4x4"),
+}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.titans_lmm import laptop
+from configs.titans_lmm import FSDP, laptop
 from layers.attention import Attention
 from layers.engram import Engram
 from layers.gated_deltanet import GatedDeltaNet
@@ -37,7 +37,7 @@ DENSE = (Attention(H=20), MLP(F=10_112))
 
 
 def tables(size: str, rows: int, parameters: int) -> Experiment:
-    """Rows of 4,096, 1,280 a step, 50,000 steps of Muon; the paper's rate falls in steps, which are not at hand."""
+    """Rows of 4,096, 1,280 a step in five parts, 50,000 steps of Muon; the paper's rate falls in steps, not at hand."""
     table = Engram(W=129_280, layer=1, layers=(1, 14), N=3, H=8, K=80, rows=rows, streams=4)
     first, second = table, dataclasses.replace(table, layer=14)
     stages = (
@@ -52,8 +52,10 @@ def tables(size: str, rows: int, parameters: int) -> Experiment:
         model=LM(W=129_280, D=2560, stages=stages, dtype="bfloat16", remat="block", streams=4),
         data=Text(T=4096, B=1280, source="data/fineweb-edu", tokenizer="data/deepseek-v3/tokenizer.json"),
         optimizer=Muon(lr=4e-4, schedule=Schedule(warmup=1000, shape="wsd", final=0.1, decay=0.2)),
-        train=Train(steps=50_000, eval_every=1000, checkpoint_every=1000),
+        train=Train(steps=50_000, eval_every=1000, checkpoint_every=1000, accumulate=5),
+        mesh=FSDP,
         parameters=parameters,
+        pod="v5p:4x4x8",
     )
 
 

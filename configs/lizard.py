@@ -1,6 +1,6 @@
 """Lizard: linear attention that forgets, and a window with learned scalars, bytes of Python source; @8B is Llama's."""
 
-from configs.titans_lmm import laptop
+from configs.titans_lmm import FSDP, laptop
 from layers.lizard import Lizard
 from layers.mlp import MLP
 from models.lm import LM, Stage
@@ -28,6 +28,8 @@ sizes = {
         data=Text(T=T, B=B, source="data/alpaca", tokenizer="data/llama-3/tokenizer.json"),
         optimizer=AdamW(lr=5e-4, schedule=Schedule(warmup=TOKENS // (10 * T * B), shape="cosine", final=0.1)),
         train=Train(steps=TOKENS // (T * B), eval_every=200, checkpoint_every=200),
+        mesh=FSDP,
         parameters=8_852_480_032,
+        pod="v5p:2x2x2",
     )
 }

@@ -7,10 +7,10 @@ from layers.gated_deltanet import GatedDeltaNet
 from layers.mixture import MixtureOfMemories
 from training.experiment import Experiment, Schedule
 
-# Blocks, width, heads, peak learning rate, billions of tokens (arXiv 2502.13685, section 4.1). Of 1.3B the paper gives
-# the width; twice the heads are ours, so that they stay 256 wide. A mixture counts more than its name says: each of its
-# memories has maps of its own (the paper says 444M for its 340M).
-PAPER = {"340M": (24, 1024, 4, 3e-4, 15), "1.3B": (24, 2048, 8, 3e-4, 100)}
+# Blocks, width, heads, peak learning rate, billions of tokens (arXiv 2502.13685, section 4.1), pod. Of 1.3B the paper
+# gives the width; twice the heads are ours, so that they stay 256 wide. A mixture counts more than its name says: each
+# of its memories has maps of its own (the paper says 444M for its 340M).
+PAPER = {"340M": (24, 1024, 4, 3e-4, 15, "v5e:8x8"), "1.3B": (24, 2048, 8, 3e-4, 100, "v6e:8x8")}
 
 
 def as_printed(experiment: Experiment) -> Experiment:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from configs.titans_lmm import laptop
+from configs.titans_lmm import FSDP, laptop
 from layers.attention import Attention
 from layers.gated_deltanet import GatedDeltaNet
 from layers.mlp import MLP
@@ -36,6 +36,8 @@ sizes = {
         data=Text(T=4096, B=256, source="data/fineweb-edu", tokenizer="data/llama-2/tokenizer.json"),
         optimizer=AdamW(lr=1e-4, table_lr=10.0, schedule=Schedule(warmup=4000, shape="wsd", final=0.01, decay=1.0)),
         train=Train(steps=128_000, eval_every=1000, checkpoint_every=1000),
+        mesh=FSDP,
         parameters=1_440_537_600,
+        pod="v5p:4x4x4",
     )
 }

@@ -7,15 +7,17 @@ from layers.mlp import MLP
 from layers.titans import Titans
 from models.lm import LM, Stage
 from training.data import Text
-from training.experiment import AdamW, Experiment, Muon, Schedule, Train
+from training.experiment import AdamW, Experiment, Mesh, Muon, Schedule, Train
 
-# Blocks, width, heads, peak learning rate, billions of tokens (Titans, arXiv 2501.00663, appendix; Miras has the same).
+# Blocks, width, heads, peak learning rate, billions of tokens (Titans, arXiv 2501.00663, appendix; Miras has the same),
+# and the pod.
 TITANS = {
-    "170M": (12, 768, 16, 3e-3, 15),
-    "340M": (24, 1024, 16, 1.5e-3, 15),
-    "760M": (24, 1536, 16, 1.25e-3, 30),
-    "1.3B": (18, 2048, 8, 7e-4, 100),
+    "170M": (12, 768, 16, 3e-3, 15, "v5e:4x4"),
+    "340M": (24, 1024, 16, 1.5e-3, 15, "v5e:4x8"),
+    "760M": (24, 1536, 16, 1.25e-3, 30, "v5e:8x8"),
+    "1.3B": (18, 2048, 8, 7e-4, 100, "v6e:8x8"),
 }
+FSDP = Mesh(data=1, fsdp=-1)
 
 
 def laptop(about: str, mixer: LayerConfig, parameters: int) -> Experiment:
@@ -34,11 +36,12 @@ def laptop(about: str, mixer: LayerConfig, parameters: int) -> Experiment:
 def paper(
     about: str,
     mixer: Callable[[int], LayerConfig],
-    sizes: Mapping[str, tuple[int, int, int, float, float]],
+    sizes: Mapping[str, tuple[int, int, int, float, float, str]],
     counts: list[int],
     T: int = 4096,
 ) -> dict[str, Experiment]:
-    """The papers' sizes: rows of T tokens of web text, half a million a step; `mixer` of the number of heads.
+    """The papers' sizes: rows of T tokens of web text, half a million a step; `mixer` of the number of heads. The
+    smallest lie whole on every chip, the others in parts.
 
     Put the text and a Llama-2 tokenizer where the config says, or name others: --data.source, --data.tokenizer.
     """
@@ -52,9 +55,11 @@ def paper(
             data=Text(T=T, B=tokens // T, source="data/fineweb-edu", tokenizer="data/llama-2/tokenizer.json"),
             optimizer=AdamW(lr=lr, schedule=Schedule(warmup=1000, shape="cosine", final=0.1)),
             train=Train(steps=round(billions * 1e9 / tokens), eval_every=1000, checkpoint_every=1000),
+            mesh=FSDP if D >= 1024 else Mesh(),
             parameters=count,
+            pod=pod,
         )
-        for (name, (blocks, D, H, lr, billions)), count in zip(sizes.items(), counts, strict=True)
+        for (name, (blocks, D, H, lr, billions, pod)), count in zip(sizes.items(), counts, strict=True)
     }
 
 

@@ -14,10 +14,13 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pods
 import pytest
 import tiny
+from flax import nnx
 from rich.console import Console
 
+from models.parameters import flatten
 from tpu import ahead, chips, collectives, topology
 from tpu.capture import standard_error
 from tpu.compile import main
@@ -29,7 +32,7 @@ from training.experiment import Mesh
 from training.layout import build_layout
 from training.prefix import PrefixText
 from training.run import prepare
-from training.settings import ROOT, ConfigError
+from training.settings import ROOT, ConfigError, load, locate
 from training.summary import peak_flops
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "aot"
@@ -182,7 +185,9 @@ NO_LIBTPU = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["quickstart"], "topology is missing: give --topology, such as v5e:4x4"),
+        (["quickstart"], "topology is missing: this config states no pod; give --topology, such as v5e:4x4"),
+        (["titans_lmm@170M", "--pod", "v5e:9x9"], "topology is 'v5e:9x9': v5e comes in"),
+        pytest.param(["titans_lmm@170M"], "libtpu is missing: pip install engrax's tpu", marks=NO_LIBTPU),
         (["quickstart", "--topology", "v5e:9x9"], "topology is 'v5e:9x9': v5e comes in 1x1, 2x2, 2x4"),
         (["quickstart", "--topology", "v5e:2x2", "--slices", "0"], "slices is 0: it must be at least 1"),
         (["quickstart", "--topology", "v5e:2x2", "--model.X", "1"], "there is no field --model.X"),
@@ -383,6 +388,37 @@ def test_the_page_of_results_is_made_from_its_reports():
     folder = ROOT / "results" / "aot"
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     assert reports and (folder / "README.md").read_text() == page(reports) + "\n"
+
+
+def of(report):
+    """The experiment of a report, as its config states it."""
+    name, _, size = report["config"].partition("@")
+    return load(locate(name), size)
+
+
+def test_what_is_estimated_of_pods_was_compiled_for_some():
+    """Each on the pod and the mesh that its config states. The estimate is above, and not far."""
+    for path in sorted((ROOT / "results" / "aot").glob("*.json")):
+        report = json.loads(path.read_text())
+        experiment = of(report)
+        assert experiment.pod == report["topology"]
+        assert dict(pods.abstract(experiment, report["devices"]).shape) == report["mesh"]
+        shapes = jax.eval_shape(lambda model=experiment.model: model.build(rngs=nnx.Rngs(0)))
+        estimate = pods.estimate(experiment, *flatten(shapes), report["devices"])
+        assert 0.75 * estimate < report["memory"]["peak"] < estimate, path.stem
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["titans_lmm@170M_v5e_4x4", "lizard@8B_v5p_2x2x2"])
+def test_paper_sizes_compile_for_the_pods_that_they_state(tmp_path, name):
+    """By their names alone, minutes each."""
+    kept = json.loads((ROOT / "results" / "aot" / f"{name}.json").read_text())
+    path = tmp_path / "report.json"
+    asked = ["-m", "tpu.compile", kept["config"], "--json", str(path)]
+    ended = subprocess.run([sys.executable, *asked], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads(path.read_text())
+    assert found["mesh"] == kept["mesh"] and found["memory"]["peak"] <= GROWTH * kept["memory"]["peak"]
 
 
 def test_every_golden_report_has_its_case():

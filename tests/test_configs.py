@@ -6,10 +6,12 @@ import re
 import runpy
 
 import jax
+import pods
 import pytest
 from flax import nnx
 
 from models.parameters import flatten
+from tpu import topology
 from training import settings
 from training.data import Text
 from training.experiment import Experiment, Schedule
@@ -47,7 +49,7 @@ SIZED = sorted(name for name, path in FILES.items() if "\nsizes = " in path.read
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_sizes_state_their_parameters_too(name):
+def test_sizes_state_their_parameters_too_and_a_pod_that_they_fit(name):
     """A name like 340M is near the count, of all or beside tables: papers count otherwise, and two in one have more."""
     found = re.findall(r"@([\d.]+[MB])", FILES[name].read_text().split("\n")[0])
     sizes = list(runpy.run_path(str(FILES[name]))["sizes"])
@@ -55,8 +57,13 @@ def test_sizes_state_their_parameters_too(name):
     for size in sizes:
         config = settings.load(FILES[name], size)
         shapes = jax.eval_shape(lambda config=config: config.model.build(rngs=nnx.Rngs(0)))
-        specs = flatten(shapes)[1].specs
+        params, structure = flatten(shapes)
+        specs = structure.specs
         assert config.parameters == parameter_count(specs)
+        assert config.pod, f"{name}@{size} states no pod"
+        pod = topology.read(config.pod)
+        needed = pods.estimate(config, params, structure, pod.chips * pod.chip.devices)
+        assert needed < pods.ROOM * pod.chip.usable * 2**30, f"{name}@{size} has no room on {config.pod}"
         beside = parameter_count({name: spec for name, spec in specs.items() if not spec.table})
         said = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
         assert any(0.7 < count / said < 1.7 for count in (beside, config.parameters))

@@ -13,13 +13,13 @@ from training.door import enter, failed
 from training.flags import parse
 from training.settings import ConfigError, load, locate
 
-USAGE = """usage: python -m tpu.compile CONFIG[@SIZE] --topology CHIP:SHAPE [--slices N] [--json FILE] [--field value]
+USAGE = """usage: python -m tpu.compile CONFIG[@SIZE] [--topology CHIP:SHAPE] [--slices N] [--json FILE] [--field value]
 
 Compiles the very step that train.py runs, on this machine's CPUs, for chips that are elsewhere, and says what it takes:
 memory, collectives, the least time of a step. It reads no data and makes no parameters. It takes minutes for a large
 model. --model.scan-layers always makes that time independent of depth.
 
-  --topology   v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x2, tpu7x:2x2x1 and so on
+  --topology   v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x2, tpu7x:2x2x1 and so on; without it the pod that the config states
   --slices     so many of it, joined by a network (multislice)
   --json       also write the report to a file
   --field      any field of the config, as train.py has it: --mesh.fsdp -1 --mesh.data 1 --data.B 64
@@ -32,7 +32,7 @@ be compiled at all. tpu/README.md has a section on it."""
 class Options:
     """What is compiled, and for what.
 
-    topology: a chip and a shape, such as v5e:4x4.
+    topology: a chip and a shape, such as v5e:4x4; empty for the config's pod.
     slices: how many of it.
     json: a file for the report; None for none.
     """
@@ -64,9 +64,9 @@ def compile_for(arguments: list[str]) -> int:
     plain, _, size = (name, "", "") if Path(name).exists() else name.partition("@")
     experiment = load(locate(plain), size)
     options = parse(Options(experiment), rest, program=f"python -m tpu.compile {name}")
-    if not options.topology:
-        raise ConfigError("topology is missing: give --topology, such as v5e:4x4")
-    asked = topologies.read(options.topology, options.slices)
+    if not (asked_for := options.topology or options.experiment.pod):
+        raise ConfigError("topology is missing: this config states no pod; give --topology, such as v5e:4x4")
+    asked = topologies.read(asked_for, options.slices)
     devices = topologies.devices(asked)
 
     from rich.console import Console

@@ -172,6 +172,8 @@ class Experiment:
 
     parameters: how many the model has: a config states it, a test compares it with the model that is built.
     sample: a prompt that the trained model continues at the end of the run; None for none.
+    pod: TPUs that it is meant for and fits, such as v5e:4x4: a config states it, a test compares it with an estimate,
+        `python -m tpu.compile` compiles for it. None for what any machine trains.
     """
 
     description: str
@@ -182,6 +184,7 @@ class Experiment:
     mesh: Mesh = Mesh()
     parameters: int | None = None
     sample: str | None = None
+    pod: str | None = None
 
     def __post_init__(self):
         if self.data.B % self.train.accumulate:

@@ -44,7 +44,7 @@ from training.watch import Profiler, Times, Watchdog
 
 # Fields of the saved config that may be others when a run is resumed: none that says what is learnt, or from what.
 MAY_CHANGE = (
-    "description", "parameters", "sample", "data.store", "mesh.", "model.remat", "model.scan_layers", "train.",
+    "description", "parameters", "sample", "pod", "data.store", "mesh.", "model.remat", "model.scan_layers", "train.",
 )  # fmt: skip
 MAY_NOT = ("train.seed", "train.ema", "train.accumulate", "train.clip", "train.z_loss", "train.masked")
 SHOWN = ("loss", "bits_per_byte", "accuracy", "grad_norm", "tokens_per_second")  # on the terminal, of what is logged
