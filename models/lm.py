@@ -89,6 +89,8 @@ class LM:
     def __post_init__(self):
         one_of(self)
         positive(self, "W", "D", "streams")
+        if isinstance(self.residual_scale, str) and self.residual_scale != "depth":
+            raise ValueError(f"LM.residual_scale is {self.residual_scale!r}: give a number, or 'depth'")
         if not self.stages:
             raise ValueError("LM.stages is empty: give it at least one Stage")
         for layer in (self.ngrams, *(layer for stage in self.stages for layer in stage.pattern)):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from layers.layer import Layer, LayerConfig, Out, Tokens
-from training.digests import digest
+from training.digests import META, digest
 from training.log import Log, read
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -115,6 +116,15 @@ def signed_anew(step: Path) -> None:
     """The digests of a checkpoint as they are now: what somebody would write who meant harm."""
     lines = [f"{digest(path)}  {path.relative_to(step)}" for path in files(step) if path.name != SUMS]
     (step / SUMS).write_text("".join(line + "\n" for line in lines))
+
+
+def made_with(run: Path, config: str) -> None:
+    """Has the checkpoints say that they were made with this config."""
+    for step in (run / "checkpoints").iterdir():
+        record = json.loads((step / META).read_text())
+        record["meta"]["config"] = config
+        (step / META).write_text(json.dumps(record))
+        signed_anew(step)
 
 
 def copied(run: Path, to: Path) -> Path:

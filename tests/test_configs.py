@@ -114,7 +114,7 @@ def test_a_config_is_written_and_read_again(name, tmp_path):
     again = settings.load(path)
     assert again == config and type(again) is type(config)
     assert settings.describe(path) == config.description
-    assert settings.differences(config, again) == []
+    assert settings.differences(config, again) == settings.changes(settings.render(config), config) == []
     assert settings.locate(str(tmp_path)) == path
 
 
@@ -136,6 +136,8 @@ def test_differences_are_named_by_field():
         optimizer=dataclasses.replace(config.optimizer, schedule=Schedule(warmup=7)),
     )
     found = {field: (old, new) for field, old, new in settings.differences(config, changed)}
+    told = {field: (old, new) for field, old, new in settings.changes(settings.render(config), changed)}
+    assert told == {field: (repr(old), repr(new)) for field, (old, new) in found.items()}
     assert found["model.stages.0.pattern.0.H"] == (layer.H, layer.H + 1)
     assert found["train.steps"] == (config.train.steps, config.train.steps + 1)
     assert found["optimizer.schedule.warmup"] == (config.optimizer.schedule.warmup, 7)
@@ -144,6 +146,17 @@ def test_differences_are_named_by_field():
     )
     shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, stages=config.model.stages * 2))
     assert [field for field, _, _ in settings.differences(config, shorter)] == ["model.stages"]
+    assert [field for field, _, _ in settings.changes(settings.render(config), shorter)] == ["model.stages"]
+
+
+def test_fields_that_an_older_text_lacks_or_still_has():
+    config = config_of("quickstart")
+    older = re.sub(r"\bseed=\d+", "luck=7", settings.render(config))
+    assert settings.changes(older, config) == [("train.luck", "7", "no field any more")]
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=3))
+    assert settings.changes(older, other)[0] == ("train.seed", "0", "3")
+    with pytest.raises(ValueError, match="not the text of a config"):
+        settings.changes("[" * 50_000, config)
 
 
 def test_a_config_that_is_not_there():

@@ -20,6 +20,7 @@ from faults import (
     files,
     flip,
     losses,
+    made_with,
     newest,
     signed_anew,
     trials,
@@ -113,8 +114,7 @@ def test_12_data(folder, tmp_path, trial, monkeypatch, capsys):
     fault(tmp_path, monkeypatch, trial // 8)
     run = tmp_path / "half"
     config = tiny.config_file(tmp_path)
-    # The saved config names another folder's text: what is compared is the data.
-    (run / "config.py").write_text(config.read_text())
+    made_with(run, config.read_text())  # or the other folder's name would tell: what is compared is the data
     monkeypatch.setattr("training.report.report", lambda *_, **__: None)
     monkeypatch.setattr("probes.after.look", lambda *_, **__: None)
     if fault in SAME:

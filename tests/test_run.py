@@ -20,7 +20,7 @@ from training.checkpoint import CheckpointError
 from training.faults import difference, look, survive
 from training.lock import RunLock
 from training.log import read
-from training.settings import ConfigError, load
+from training.settings import ConfigError, load, render
 
 pytestmark = pytest.mark.xdist_group("runs")  # one worker: the undisturbed runs are trained once
 LONG = {"train__steps": 300, "train__checkpoint_every": 20, "train__eval_every": 50}
@@ -152,8 +152,22 @@ def test_a_changed_config_is_refused_with_both_values(folder):
         "train__seed": r"train\.seed = 0, not 32",
         "train__clip": r"train\.clip = 1\.0, not 32",
     }.items():
-        with pytest.raises(ConfigError, match=f"whole was made with {text}: leave it, or choose another --run"):
+        with pytest.raises(ConfigError, match=f"whole was made with {text}: change that back, or choose another --run"):
             trained(folder, "whole", **{change: 32})
+
+
+def test_what_a_run_was_made_with_its_checkpoints_say(folder):
+    """And not config.py, which may have been edited, or be gone."""
+    run = folder / "edited"
+    shutil.copytree(folder / "whole", run)
+    changed = tiny.experiment(folder, optimizer__lr=0.02, train__seed=1, train__steps=22)
+    (run / "config.py").write_text(render(changed))
+    text = r"edited was made with optimizer\.lr = 0\.01, not 0\.02, train\.seed = 0, not 1: change that back, or"
+    with pytest.raises(ConfigError, match=text):
+        runs.train(load(run / "config.py"), run, console=quiet())
+    (run / "config.py").unlink()
+    with pytest.raises(ConfigError, match=text):
+        runs.train(changed, run, console=quiet())
 
 
 def test_what_may_change_does(copy, folder):

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +236,16 @@ class Checkpoints:
         return [step for step in self._all_steps() if all((self._path(step) / name).is_file() for name in (SUMS, META))]
 
     def restore(
-        self, like: Mapping[str, Mapping[str, Any]], step: int | None = None
+        self,
+        like: Mapping[str, Mapping[str, Any]],
+        step: int | None = None,
+        accept: Callable[[int, dict[str, Any]], None] = lambda step, meta: None,
     ) -> tuple[int, Arrays, dict[str, Any]] | None:
         """Reads the newest whole checkpoint, or the given step, onto the shardings of `like`.
 
         like: arrays or `jax.ShapeDtypeStruct`s; without a sharding an array goes to the first device. Groups that
             `like` leaves out are not read.
+        accept: sees step and meta before the arrays are looked at, and raises what `restore` is to raise, if anything.
 
         Returns (step, arrays, meta), or None where no checkpoint was ever completed. A damaged checkpoint is passed
         over with a warning that names the step, the file and the reason.
@@ -251,7 +255,7 @@ class Checkpoints:
         """
         for candidate in self._candidates(step):
             with self._passing_over(candidate, step):
-                record = self._whole(candidate)
+                record = self._whole(candidate, accept)
                 self._compare(candidate, record["arrays"], like)
                 return candidate, self._read(candidate, like), record["meta"]
         self._refuse_if_damaged()
@@ -334,11 +338,14 @@ class Checkpoints:
             sums[match[2]] = match[1]
         return sums
 
-    def _whole(self, step: int) -> dict[str, Any]:
+    def _whole(self, step: int, accept: Callable[[int, dict[str, Any]], None]) -> dict[str, Any]:
         """The record of a checkpoint that is whole. Raises DamagedError, on all processes, where one finds damage."""
         damage, record = None, {}
         try:
-            record = self._record(step, self._verify(step))
+            sums = self._sums(step)
+            record = self._record(step, sums)
+            accept(step, record["meta"])
+            self._verify(step, sums)
         except (DamagedError, OSError) as error:
             damage = error
         said = self._read_together.exchange(None if damage is None else reason(damage))
@@ -349,10 +356,10 @@ class Checkpoints:
                 raise DamagedError(f"{text} (as process {index} sees it)")
         return record
 
-    def _verify(self, step: int) -> dict[str, str]:
-        """Compares every file with its digest, or a share of them, of several processes; returns the digests. Only
-        files found by walking are ever opened."""
-        path, sums = self._path(step), self._sums(step)
+    def _verify(self, step: int, sums: Mapping[str, str]) -> None:
+        """Compares every file with its digest, or a share of them, of several processes. Only files found by walking
+        are ever opened."""
+        path = self._path(step)
         found = files(path)
         for name in sums:
             if name not in found:
@@ -362,7 +369,6 @@ class Checkpoints:
                 raise DamagedError(f"{name} is not listed in {SUMS}")
             if place % processes.count() == processes.index() and digest(path / name) != sums[name]:
                 raise DamagedError(f"{name} differs from its digest in {SUMS}")
-        return sums
 
     def _record(self, step: int, sums: Mapping[str, str]) -> dict[str, Any]:
         path = self._path(step) / META

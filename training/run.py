@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import platform
 import shlex
 import shutil
 import signal
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -37,16 +35,12 @@ from training.lock import RunLock
 from training.log import METRICS, Log, NoLog, Progress
 from training.optimizer import learning_rate
 from training.program import build_model, build_program
+from training.resume import record_of, refuse_another, source_of
 from training.step import shown
 from training.stop import Stop
 from training.summary import flops_per_token, parameter_count, peak_flops, show, state_bytes, where
 from training.watch import Profiler, Times, Watchdog
 
-# Fields of the saved config that may be others when a run is resumed: none that says what is learnt, or from what.
-MAY_CHANGE = (
-    "description", "parameters", "sample", "pod", "data.store", "mesh.", "model.remat", "model.scan_layers", "train.",
-)  # fmt: skip
-MAY_NOT = ("train.seed", "train.ema", "train.accumulate", "train.clip", "train.z_loss", "train.masked")
 SHOWN = ("loss", "bits_per_byte", "accuracy", "grad_norm", "tokens_per_second")  # on the terminal, of what is logged
 
 
@@ -200,7 +194,7 @@ def train(
     profiler = Profiler(run, profile)
     console = (console or Console()) if first else Console(file=io.StringIO())
     meeting = processes.Meeting("run")
-    source = _source(run, resume, experiment, console)
+    source = source_of(run, resume)
     config = settings.render(experiment)
     job = prepare(experiment)
     _same_everywhere(meeting, config, job.dataset.digest)
@@ -260,7 +254,7 @@ def _loop(
             yield job.feed(batch)
 
     def save(step: int, metric: float | None = None) -> None:
-        checkpoints.save(step, flatten_state(state), _meta(job, step), metric)
+        checkpoints.save(step, flatten_state(state), record_of(experiment, job.dataset, step), metric)
 
     def judge(step: int, progress: Progress) -> dict[str, Any]:
         found = evaluate(job.evaluate, shown(state), held_out())
@@ -352,100 +346,30 @@ def _same_everywhere(meeting: processes.Meeting, config: str, digest: str) -> No
 
 def _start(job: Job, checkpoints: Checkpoints, source: Path | None, run: Path, console: Console) -> tuple[Any, int]:
     """The state to begin with: of the newest whole checkpoint, or a new one."""
-    found = None
+    found, accept = None, functools.partial(refuse_another, job.experiment, job.dataset, source)
     if source is not None:
         if source == run:
-            found = checkpoints.restore(flatten_state(job.state))
+            found = checkpoints.restore(flatten_state(job.state), accept=accept)
         else:
             with Checkpoints(source / "checkpoints", writable=False) as other:
-                found = other.restore(flatten_state(job.state))
+                found = other.restore(flatten_state(job.state), accept=accept)
             if found is None:
                 raise CheckpointError(f"--resume {source}: it has no checkpoint")
     if found is None:
         return job.init(), 0
     step, groups, meta = found
-    if meta["digest"] != job.dataset.digest:
-        raise CheckpointError(
-            f"the data has changed since step {step} was saved (digest {meta['digest'][:12]}, now "
-            f"{job.dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
-        )
-    kept, now = meta.get("constants", {}), _constants(job.experiment)
-    for place in sorted(kept.keys() | now.keys()):
-        if kept.get(place) != now.get(place):
-            old, new = kept.get(place, {}), now.get(place, {})
-            name = next(name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-            raise CheckpointError(
-                f"{source} was trained with model.{place}: {name} = {old.get(name)}, and now that is {new.get(name)}, "
-                "so its tables would be read at other rows: give the layer the old ones, or start another --run"
-            )
     if step > job.experiment.train.steps:
         raise settings.ConfigError(
             f"train.steps is {job.experiment.train.steps}, but {source} is at step {step} already: give at least that"
         )
     console.print(f"resuming {source} from step {step}", markup=False, highlight=False, soft_wrap=True)
-    return unflatten_state(job.state, groups), step
-
-
-def _source(run: Path, resume: str, experiment: Experiment, console: Console) -> Path | None:
-    """The run to go on from: this one, another, or None for none; its config is such that it can."""
-    if resume == "never" and _has_checkpoints(run):
-        raise CheckpointError(f"{run} already holds a run: use --resume auto to go on with it, or another --run")
-    if resume == "never":
-        return None
-    source = run if resume == "auto" or _has_checkpoints(run) else Path(resume)
-    if _has_checkpoints(source):
-        if (source / "config.py").is_file():
-            _compare_configs(settings.load(source / "config.py"), experiment, source, console)
-    elif resume != "auto":
-        raise CheckpointError(f"--resume {resume}: give auto, never, or the folder of a run with checkpoints")
-    return source
-
-
-def _has_checkpoints(run: Path) -> bool:
-    folder = run / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def _compare_configs(saved: Experiment, experiment: Experiment, source: Path, console: Console) -> None:
-    for field, old, new in settings.differences(saved, experiment):
-        if field.startswith(MAY_NOT) or not field.startswith(MAY_CHANGE):
-            raise settings.ConfigError(
-                f"{source} was made with {field} = {old!r}, not {new!r}: leave it, or choose another --run"
-            )
+    for field, old, new in settings.changes(meta["config"], job.experiment):
         note = {"train.steps": "so does the learning-rate schedule"}.get(field)
         if field.startswith("mesh."):
             note = "the last digits may, too"
         if note:
             console.print(f"{field} changes from {old} to {new}: {note}", markup=False, highlight=False)
-
-
-def _meta(job: Job, step: int) -> dict[str, Any]:
-    import flax
-
-    return {
-        "step": step,
-        "seed": job.experiment.train.seed,
-        "digest": job.dataset.digest,
-        "config": settings.render(job.experiment),
-        "constants": _constants(job.experiment),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-        },
-    }
-
-
-def _constants(experiment: Experiment) -> dict[str, Any]:
-    """What layers compute with besides config and parameters, by their place in the model."""
-    ngrams = experiment.model.ngrams
-    return ({} if ngrams is None else {"ngrams": ngrams.constants()}) | {
-        f"stages.{s}.pattern.{i}": said
-        for s, stage in enumerate(experiment.model.stages)
-        for i, layer in enumerate(stage.pattern)
-        if (said := layer.constants())
-    }
+    return unflatten_state(job.state, groups), step
 
 
 def _command(run: Path) -> str:

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -146,6 +147,42 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     if isinstance(old, tuple) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{path}.{i}")]
     return [] if old == new else [(path, old, new)]
+
+
+def changes(text: str, config: Any) -> list[tuple[str, str, str]]:
+    """`differences` of the config that a text by `render` makes, and another; values are as Python writes them.
+
+    Nothing of the text is run. A field that it does not know yet had its default. Raises ValueError for other texts.
+    """
+    try:
+        (node,) = (statement.value for statement in ast.parse(text).body if isinstance(statement, ast.Assign))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError("not the text of a config") from None
+    return _changes(node, config, "")
+
+
+def _changes(node: ast.expr, value: Any, path: str) -> list[tuple[str, str, str]]:
+    cls, start = type(value), f"{path}." if path else ""
+    if dataclasses.is_dataclass(cls) and isinstance(node, ast.Call) and ast.unparse(node.func) == cls.__name__:
+        said = {keyword.arg or "": keyword.value for keyword in node.keywords}
+        found = []
+        for field in dataclasses.fields(cls):
+            new, name = getattr(value, field.name), start + field.name
+            if field.name in said:
+                found += _changes(said[field.name], new, name)
+            elif field.init and new != (old := _default(field)):
+                found.append((name, repr(old), repr(new)))
+        gone = [name for name in said if name not in inspect.signature(cls).parameters]
+        return found + [(start + name, ast.unparse(said[name]), "no field any more") for name in gone]
+    if isinstance(value, tuple) and isinstance(node, ast.Tuple) and len(node.elts) == len(value):
+        pairs = enumerate(zip(node.elts, value, strict=True))
+        return [change for i, (old, new) in pairs for change in _changes(old, new, f"{start}{i}")]
+    old, new = ast.unparse(node), ast.unparse(ast.parse(_source(value, 0)).body[0])
+    return [] if old == new else [(path, old, new)]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def replaced(config: Any, path: str, value: Any) -> Any:
