@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from training.figures import by_context, loss_curve, position_curve, smoothed
-from training.log import METRICS, Log, Progress, read
+from training.log import DAMAGED, METRICS, Log, Progress, read
 from training.stop import Stop
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +85,21 @@ def test_a_partial_line_is_not_read_and_not_continued(tmp_path):
     path.write_text('{"step": 1}\n{"loss": 1}\n')
     with pytest.raises(ValueError, match="line 2"):
         read(tmp_path)
+
+
+def test_lines_that_rotted_are_put_aside(tmp_path, caplog):
+    path, rotten = tmp_path / METRICS, [b'{"step": 2, "l\xff\x00s": 1.0}\n', b"[" * 50_000 + b"\n", b'{"step": "3"}\n']
+    first, third, late = (b'{"step": %d, "loss": 1.0}\n' % step for step in (1, 3, 5))
+    for _ in range(2):
+        path.write_bytes(b"".join([first, rotten[0], third, *rotten[1:], late]))
+        caplog.clear()
+        with plain(tmp_path) as log:
+            log.rewind(4)
+            log.write(5, {"loss": 2.0})
+        assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [(1, 1.0), (3, 1.0), (5, 2.0)]
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert warning == f"{path}: lines that cannot be read are now in {DAMAGED}: 3"
+    assert (tmp_path / DAMAGED).read_bytes() == b"".join(rotten * 2)
 
 
 def test_kill_loses_nothing_written(tmp_path):

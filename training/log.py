@@ -23,6 +23,7 @@ from rich.progress import Progress as Bar
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"  # where lines of it go that cannot be read
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -70,13 +71,17 @@ class Log:
             self._tell(name, lambda tracker: tracker.scalars(step, scalars))
 
     def rewind(self, step: int) -> None:
-        """Drops every line after `step` and a last line cut short, in one rename: for a run resumed at `step`."""
-        kept = [text for text, line in _lines(self.path) if line["step"] <= step]
+        """Drops every line after `step` and a last line cut short, in one rename: for a run resumed at `step`.
+
+        Lines that rot has made unreadable are put aside, with a warning.
+        """
+        lines = _lines(self.path)
+        if damaged := [text for text, line in lines if line is None]:
+            aside = self.folder / DAMAGED
+            _put(aside, "ab", damaged)
+            logger.warning("%s: lines that cannot be read are now in %s: %d", self.path, aside.name, len(damaged))
         temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
+        _put(temporary, "wb", [text for text, line in lines if line is not None and line["step"] <= step])
         os.replace(temporary, self.path)
         os.close(self._file)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -183,20 +188,34 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
 
     Raises ValueError naming the line if another one is no JSON object with a `step`.
     """
-    return [_read(line) for _, line in _lines(Path(folder) / METRICS)]
+    path, found = Path(folder) / METRICS, []
+    for number, (text, line) in enumerate(_lines(path), 1):
+        if line is None:
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step: {text[:60]!r}")
+        found.append(_read(line))
+    return found
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each whole line, and what it says: None for one that is no JSON object with a step."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    parsed = []
-    for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-            int(line["step"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a JSON object with a step: {text[:60]!r}") from None
-        parsed.append((text + b"\n", line))
-    return parsed
+    return [(text + b"\n", _parse(text)) for text in lines]
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _put(path: Path, mode: str, lines: list[bytes]) -> None:
+    """Writes lines, and returns when they are on the disk."""
+    with open(path, mode) as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _plain(value: Any) -> Any:
