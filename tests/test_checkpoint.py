@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import signed_anew
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from training import lock
@@ -221,6 +222,34 @@ def test_leftover_of_a_killed_save_is_removed_by_writers_only(folder):
     assert Checkpoints(folder, writable=False).restore(tree(0))[0] == 3 and leftover.exists()
     expect(folder, 3)
     assert not leftover.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"arrays": None}, {"meta": None}, {"format": None}, {"arrays": [1]}, {"arrays": {"params": 3}},
+        {"meta": "text"}, {"arrays": {"params": {"w": ["float99", [1]]}}}, {"arrays": {"params": {"w": "?"}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_lacks_something_falls_back(folder, caplog, broken):
+    """Valid JSON, and digests that fit."""
+    changed(folder / "00000003", broken)
+    expect(folder, 2)
+    assert Checkpoints(folder).peek() == meta(2) and Checkpoints(folder).shapes()["opt"].keys() == tree(0)["opt"].keys()
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 3 and all("step 3" in text and META in text and "\n" not in text for text in warnings)
+    changed(folder / "00000002", {"metric": None})
+    with Checkpoints(folder, keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.save(4, tree(4), meta(4))
+    assert checkpoints.steps() == [4]
+
+
+def changed(step: Path, fields: dict) -> None:
+    """A record with other fields, without those that are None, and signed anew."""
+    record = {**json.loads((step / META).read_text()), **fields}
+    (step / META).write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
+    signed_anew(step)
 
 
 def test_all_bad_is_one_line_and_changes_nothing(folder):

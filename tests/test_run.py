@@ -1,5 +1,6 @@
 """Runs: stopped, killed and starved at awkward moments, they go on as if nothing had happened."""
 
+import json
 import os
 import shlex
 import shutil
@@ -12,14 +13,16 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
-from faults import on_line, send
+from faults import on_line, send, signed_anew
 from tiny import ROOT, config_file, quiet, trained
 
 from training import run as runs
 from training.checkpoint import CheckpointError
+from training.digests import META, DamagedError
 from training.faults import difference, look, survive
 from training.lock import RunLock
 from training.log import read
+from training.resume import refuse_another
 from training.settings import ConfigError, load, render
 
 pytestmark = pytest.mark.xdist_group("runs")  # one worker: the undisturbed runs are trained once
@@ -168,6 +171,24 @@ def test_what_a_run_was_made_with_its_checkpoints_say(folder):
     (run / "config.py").unlink()
     with pytest.raises(ConfigError, match=text):
         runs.train(changed, run, console=quiet())
+
+
+def test_what_a_checkpoint_does_not_say_is_damage(folder, caplog):
+    run, made = folder / "silent", tiny.experiment(folder)
+    shutil.copytree(folder / "whole", run)
+    newest = run / "checkpoints" / "00000020"
+    record = json.loads((newest / META).read_text())
+    for broken in ({"config": None}, {"config": "?"}, {"digest": None}, {"constants": 3}, {"constants": {"a": 3}}):
+        meta = {name: value for name, value in {**record["meta"], **broken}.items() if value is not None}
+        with pytest.raises(DamagedError, match=f"{META} does not say what its run was made of"):
+            refuse_another(made, made.data.build(), run, 20, meta)
+    del record["meta"]["digest"]
+    (newest / META).write_text(json.dumps(record))
+    signed_anew(newest)
+    console = quiet()
+    assert trained(folder, "silent", console=console)["status"] == "done"
+    assert f"step 20 in {run}/checkpoints is damaged: {META} does not say what its run was made of" in caplog.text
+    assert "from step 16" in console.file.getvalue() and difference(folder / "whole", run) is None
 
 
 def test_what_may_change_does(copy, folder):

@@ -245,7 +245,8 @@ class Checkpoints:
 
         like: arrays or `jax.ShapeDtypeStruct`s; without a sharding an array goes to the first device. Groups that
             `like` leaves out are not read.
-        accept: sees step and meta before the arrays are looked at, and raises what `restore` is to raise, if anything.
+        accept: sees step and meta before the arrays are looked at, and raises what `restore` is to raise, if anything;
+            DamagedError for a meta that is not the caller's.
 
         Returns (step, arrays, meta), or None where no checkpoint was ever completed. A damaged checkpoint is passed
         over with a warning that names the step, the file and the reason.
@@ -276,11 +277,7 @@ class Checkpoints:
         """What the newest whole checkpoint (or the given one) holds, as `restore` takes it; {} where there is none."""
         for candidate in self._candidates(step):
             with self._passing_over(candidate, step):
-                groups = self._record(candidate, self._sums(candidate))["arrays"]
-                return {
-                    group: {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in named.items()}
-                    for group, named in groups.items()
-                }
+                return _shapes(self._record(candidate, self._sums(candidate)))
         self._refuse_if_damaged()
         return {}
 
@@ -381,17 +378,19 @@ class Checkpoints:
             record = json.loads(content)
         except (ValueError, RecursionError):
             raise DamagedError(f"{META} is not JSON") from None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not isinstance(record.get("meta"), dict) or "format" not in record:
             raise DamagedError(f"{META} is no record")
         if record.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {record.get('format')}; this version reads format {FORMAT}")
+        _shapes(record)
         return record
 
     def _metric(self, step: int) -> float | None:
         try:
-            return self._record(step, self._sums(step))["metric"]
+            metric = self._record(step, self._sums(step)).get("metric")
         except (DamagedError, CheckpointError, OSError):
             return None
+        return metric if isinstance(metric, int | float) else None
 
     def _compare(self, step: int, saved: dict[str, dict[str, Any]], like: Mapping[str, Mapping[str, Any]]) -> None:
         start = f"checkpoint of step {step} in {self.folder} is of another model: "
@@ -433,6 +432,17 @@ class Checkpoints:
             group: {name: found[group][name] if _size(x) else _empty(x) for name, x in named.items()}
             for group, named in wanted.items()
         }
+
+
+def _shapes(record: dict[str, Any]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The arrays that a record describes. Raises DamagedError if it describes none."""
+    try:
+        return {
+            group: {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in named.items()}
+            for group, named in record["arrays"].items()
+        }
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise DamagedError(f"{META} does not say what its arrays are") from None
 
 
 def _describe(x: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from training import settings
 from training.checkpoint import CheckpointError
 from training.data import Dataset
+from training.digests import META, DamagedError
 from training.experiment import Experiment
 
 # Fields of a checkpoint's config that may be others when a run is resumed: none that says what is learnt, or from what.
@@ -41,23 +42,29 @@ def refuse_another(
 ) -> None:
     """Raises, by the name of what differs, where a checkpoint is of another run than the one that would go on.
 
-    What it was made with it says itself: RUN/config.py is whatever somebody has written there since.
+    What it was made with it says itself: RUN/config.py is whatever somebody has written there since. Where it does not,
+    it is damaged.
     """
+    try:
+        changes, digest = settings.changes(meta["config"], experiment), str(meta["digest"])
+        kept = {place: dict(said) for place, said in meta.get("constants", {}).items()}
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise DamagedError(f"{META} does not say what its run was made of") from None
     other = [
         f"{field} = {old}, not {new}"
-        for field, old, new in settings.changes(meta["config"], experiment)
+        for field, old, new in changes
         if field.startswith(MAY_NOT) or not field.startswith(MAY_CHANGE)
     ]
     if other:
         raise settings.ConfigError(
             f"{source} was made with {', '.join(other)}: change that back, or choose another --run"
         )
-    if meta["digest"] != dataset.digest:
+    if digest != dataset.digest:
         raise CheckpointError(
-            f"the data has changed since step {step} was saved (digest {meta['digest'][:12]}, now "
+            f"the data has changed since step {step} was saved (digest {digest[:12]}, now "
             f"{dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
         )
-    kept, now = meta.get("constants", {}), _constants(experiment)
+    now = _constants(experiment)
     for place in sorted(kept.keys() | now.keys()):
         if kept.get(place) != now.get(place):
             old, new = kept.get(place, {}), now.get(place, {})
