@@ -8,8 +8,6 @@ import os
 import random
 import resource
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,10 +21,8 @@ import pytest
 from faults import signed_anew
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from training import lock
 from training.checkpoint import ARRAYS, META, SUMS, CheckpointError, Checkpoints
 from training.hush import hush
-from training.lock import RunLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -391,6 +387,15 @@ def test_unwritable_folder(tmp_path, folder):
         Checkpoints(folder, writable=False).save(4, tree(4), {})
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_folder_that_was_lost_is_not_written(folder, asked):
+    """Before a save, or when all is written but the name."""
+    answers = iter([""] * asked + ["it is theirs now"] * 3)
+    with Checkpoints(folder, keep_last=3, lost=lambda: next(answers)) as checkpoints:
+        assert "step 4 was not saved in" in (said := refused(checkpoints, 4, late=True)) and "it is theirs now" in said
+    assert len(list(folder.glob("tmp-*"))) == asked  # nor is anything deleted
+
+
 # Kill -9.
 
 _SAVER = """
@@ -420,56 +425,3 @@ def test_kill_in_the_middle_of_saving(tmp_path, trial):
     assert last - 1 <= found <= last + 1  # `save` of a step returns when the step before it is complete
     assert same(arrays, tree(found)) and read == meta(found)
     assert all(path.name.isdigit() for path in tmp_path.iterdir())
-
-
-# The lock.
-
-_HOLDER = """
-import sys, time
-from training.hush import hush
-from training.lock import RunLock
-with RunLock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_refused_and_a_killed_one_recovered(tmp_path, caplog):
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    with process, process.stdout as lines:
-        assert lines.readline() == "held\n"
-        with pytest.raises(CheckpointError, match=rf"in use by process {process.pid} on {socket.gethostname()}"):
-            RunLock(tmp_path).__enter__()
-        process.send_signal(signal.SIGKILL)
-    with RunLock(tmp_path):
-        assert f"process {process.pid} on {socket.gethostname()}" in caplog.text and "taking over" in caplog.text
-        with pytest.raises(CheckpointError, match="in use by process"):
-            RunLock(tmp_path).__enter__()
-    with RunLock(tmp_path):
-        pass
-
-
-def test_a_reused_pid_is_no_holder(tmp_path):
-    holder = {"pid": os.getppid(), "host": socket.gethostname(), "born": "1"}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with RunLock(tmp_path):
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_another_host_is_believed_while_its_lock_is_touched(tmp_path):
-    path = tmp_path / "lock"
-    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "born": "1"}))
-    with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"):
-        RunLock(tmp_path).__enter__()
-    silent = time.time() - lock.SILENCE_SECONDS - 5
-    os.utime(path, (silent, silent))
-    with RunLock(tmp_path):
-        pass
-
-
-def test_a_lock_cut_short_is_free(tmp_path):
-    (tmp_path / "lock").write_text('{"pid": 12')
-    with RunLock(tmp_path):
-        pass

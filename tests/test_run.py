@@ -260,6 +260,15 @@ def test_a_folder_in_use(folder):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_another_host_took_over(copy, folder):
+    other = json.dumps({"pid": 7, "host": "elsewhere", "born": "1"})
+    said = f"step 12 was not saved in {copy}/checkpoints: {copy} was taken over by process 7 on elsewhere"
+    with on_line(9, lambda: (copy / "lock").write_text(other)), pytest.raises(CheckpointError, match=said):
+        trained(folder, copy.name)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["00000004", "00000008"]
+    assert (copy / "lock").read_text() == other
+
+
 def test_folders_that_cannot_be_written(copy, folder):
     (folder / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot lock .*file") as caught:

@@ -58,18 +58,28 @@ class Checkpoints:
     keep_last: the newest so many are kept.
     keep_best: and so many of the lowest `metric`.
     writable: False for readers of a run that may still be going: they remove nothing and cannot save.
+    lost: says why the folder is not the writer's any more, "" while it is (RunLock.lost). Asked before files change.
 
     A writer owns the folder (take the run's lock first: training/lock.py) and removes what an interrupted save left
     behind. Use it as a context manager, or call `close`, so that the last save is complete before the program ends.
     """
 
-    def __init__(self, folder: Path | str, *, keep_last: int = 2, keep_best: int = 1, writable: bool = True):
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        writable: bool = True,
+        lost: Callable[[], str] | None = None,
+    ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last must be at least 1 and keep_best at least 0, not {keep_last} and {keep_best}")
         self.folder = Path(folder).absolute()
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.writable = writable
+        self._lost = lost or (lambda: "")
         self._orbax: Any = None
         self._writer: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -129,6 +139,7 @@ class Checkpoints:
         temporary = self.folder / f"{TEMPORARY}{step:08d}-{self._saves}"
         try:
             if processes.first():
+                self._refuse_if_lost()
                 self._sweep()
                 temporary.mkdir(parents=True)
                 need = sum(x.nbytes for named in arrays.values() for x in named.values())
@@ -188,10 +199,15 @@ class Checkpoints:
         for path in (temporary / SUMS, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
             sync(path)
         final = self.folder / f"{step:08d}"
+        self._refuse_if_lost()
         if final.exists():
             os.rename(final, self.folder / f"{TEMPORARY}replaced-{step:08d}")
         os.rename(temporary, final)
         sync(self.folder)
+
+    def _refuse_if_lost(self) -> None:
+        if lost := self._lost():
+            raise DamagedError(lost)
 
     def _prune(self, newest: int) -> None:
         steps = self._all_steps()
@@ -204,7 +220,7 @@ class Checkpoints:
         self._sweep()
 
     def _give_up(self, temporary: Path) -> None:
-        if processes.count() == 1:  # others may still write there; whoever goes on removes it
+        if processes.count() == 1 and not self._lost():  # others may still write there; whoever goes on removes it
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _sweep(self) -> None:

@@ -201,12 +201,14 @@ def train(
     facts = describe(job, console, run)
     if dry_run:
         return Outcome(status="dry run", step=0)
-    with RunLock(run) if first else contextlib.nullcontext():
+    with RunLock(run) if first else contextlib.nullcontext() as lock:
         meeting.exchange()  # none begins before the folder is ours
-        asked = experiment.train
+        asked, lost = experiment.train, None if lock is None else lock.lost
         with (
             Stop() as stop,
-            Checkpoints(run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best) as checkpoints,
+            Checkpoints(
+                run / "checkpoints", keep_last=asked.keep_last, keep_best=asked.keep_best, lost=lost
+            ) as checkpoints,
             Log(run, tensorboard=asked.tensorboard, wandb=asked.wandb) if first else NoLog() as log,
             Watchdog(run, hung) as watchdog,
             profiler,
