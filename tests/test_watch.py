@@ -11,7 +11,10 @@ import time
 import pytest
 import tiny
 
+from training import run as runs
+from training.checkpoint import Checkpoints
 from training.settings import ConfigError
+from training.stop import Stop
 from training.watch import HUNG, STACKS, TIMES, Goodput, Profiler, Times, goodput
 
 pytestmark = pytest.mark.xdist_group("watch")
@@ -108,6 +111,22 @@ def test_time_that_counts(tmp_path):
     assert goodput(tmp_path) == Goodput(12.0, 30.0, 2, 1)
     assert str(goodput(tmp_path)) == "goodput 40%: 12 s of 30 s in steps that count (2 starts, 1 cut short)"
     assert str(Goodput(3000.0, 3600.0, 1, 0)) == "goodput 83%: 50 min of 60 min in steps that count (1 start)"
+
+
+def test_steps_count_and_what_is_done_between_them_does_not(folder, monkeypatch):
+    """By a clock that says 100 s a step, and 1000 s an evaluation or a save; that of the last step nobody reads."""
+    now, late = time.perf_counter, [0.0]
+
+    def lasts(owner, name, seconds):
+        do = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (late.append(seconds), do(*a, **k))[1])
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + sum(late))
+    lasts(Stop, "after", 100.0)
+    lasts(Checkpoints, "save", 1000.0)
+    lasts(runs, "evaluate", 1000.0)
+    outcome = tiny.trained(folder, "slow", train__log_every=3)
+    assert 1900 <= outcome["goodput"].steps < 2000
 
 
 def test_compiling_does_not_count(folder):

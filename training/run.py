@@ -246,6 +246,16 @@ def _loop(
     rate = learning_rate(experiment.optimizer.lr, experiment.optimizer.schedule, train.steps)
     source = job.dataset.train(train.seed, job.share)
     evaluation: dict[str, Any] = {}
+    clock, counted, compiling, apart = time.perf_counter(), start, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def aside() -> Iterator[None]:
+        """What is done meanwhile takes no time of steps."""
+        nonlocal apart
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        yield
+        apart += time.perf_counter() - began
 
     def read(step: int) -> Any:
         return job.feed(source[step])
@@ -274,7 +284,6 @@ def _loop(
     ):
         step = start
         ahead = reader.submit(read, min(start, train.steps - 1))
-        clock, counted, compiling = time.perf_counter(), start, 0.0
         for step in range(start + 1, train.steps + 1):
             batch = ahead.result()
             if step < train.steps:
@@ -289,7 +298,7 @@ def _loop(
             last = step == train.steps
             if logged := due(train.log_every, step) or last:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                seconds = time.perf_counter() - clock
+                seconds = time.perf_counter() - clock - apart
                 values["learning_rate"] = float(rate(step - 1))
                 values["tokens"] = step * tokens
                 values["seconds"], compiling = seconds - compiling, 0.0
@@ -299,7 +308,7 @@ def _loop(
                 del values["bad"]
                 log.write(step, values)
                 progress.update(step, **{name: values[name] for name in SHOWN if name in values})
-                clock, counted = time.perf_counter(), step
+                clock, counted, apart = time.perf_counter(), step, 0.0
             # Also between lines of the log, or a streak could come and go unseen.
             if (logged or due(train.bad_steps, step)) and (bad := int(metrics["bad"])) >= train.bad_steps:
                 checkpoints.wait()
@@ -312,13 +321,14 @@ def _loop(
                 return Outcome(status="diverged", step=step, message=message)
             metric = None
             if due(train.eval_every, step) or last:
-                evaluation = judge(step, progress)
+                with aside():
+                    evaluation = judge(step, progress)
                 metric = evaluation["loss"]
-                clock, counted = time.perf_counter(), step
             watchdog.beat(step)
             asked = stop.after(step)
             if due(train.checkpoint_every, step) or last or asked:
-                save(step, metric)
+                with aside():
+                    save(step, metric)
             if asked and not last:
                 checkpoints.wait()
                 message = f"{asked}: saved step {step}. Continue with: {_command(run)}"
