@@ -272,7 +272,8 @@ def test_11_numbers_that_are_not(fused, trial, monkeypatch):
             state, metrics = job.step(state, job.feed(batch))
             assert int(metrics["bad"]) == 0
     run = fused / f"{trial}"
-    outcome = runs.train(made, run, console=quiet())
+    console = quiet()
+    outcome = runs.train(made, run, console=console)
     lines = [line for line in read(run) if "kind" not in line]
     if kind == "gradient":
         assert all(np.isfinite(line["loss"]) for line in lines)
@@ -281,6 +282,13 @@ def test_11_numbers_that_are_not(fused, trial, monkeypatch):
         a["step"] - 1 for a, b in zip(lines, [{"skipped": 0}, *lines], strict=False) if a["skipped"] > b["skipped"]
     ]
     assert skipped == bad
+    told = [line for line in read(run) if line.get("kind") == "skipped"]
+    assert [line["batch"] for line in told] == bad == [line["step"] - 1 for line in told]
+    for line in told:
+        ids_BT = job.dataset.batch(line["seed"], line["batch"]).ids_BT
+        assert (ids_BT == token).any() and (ids_BT[:, 0] == job.dataset.store.train[line["rows"]]).all()
+        said = f"skipped: its loss or gradient is not finite (batch {line['batch']} of seed {made.train.seed})"
+        assert f"step {line['step']}/20  {said}\n" in console.file.getvalue()
     _, found = last_arrays(run)
     for name, x in jax.device_get(state["params"]).items():
         assert x.tobytes() == found[f"params/{name}"].tobytes(), name

@@ -83,6 +83,10 @@ class Dataset:
         """The rows (all of them for None) of the global batch of a step: a pure function of its arguments."""
         raise NotImplementedError
 
+    def places(self, seed: int, step: int) -> list[int]:
+        """Where the rows of that batch come from, for a person who looks for them; [] if from no file."""
+        return []
+
     def train(self, seed: int, rows: slice | None = None) -> Any:
         """A grain.MapDataset: ds[step] for step in [0, 2**40) is the global batch, or the given rows of it."""
         import grain  # imports jax
@@ -184,11 +188,15 @@ class TextDataset(Dataset):
             raise DataError(f"Text.T is {config.T}: too many windows for so large a corpus; give at least {least}")
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
-        picked = range(self.config.B)[rows or slice(None)]
         tokens_N, T = self.store.train, self.config.T
-        starts_B = np.asarray([self._start(seed, step * self.config.B + row) for row in picked], np.int64)
+        starts_B = np.asarray(self.places(seed, step), np.int64)[rows or slice(None)]
         places_BT = starts_B[:, None] + np.arange(T + 1)
         return self._pack(np.take(tokens_N, places_BT, mode="wrap").astype(np.int32))
+
+    def places(self, seed: int, step: int) -> list[int]:
+        """The first token of each row, in the ring of the training tokens (train.tokens of the store)."""
+        windows = range(step * self.config.B, (step + 1) * self.config.B)
+        return [self._start(seed, window) % len(self.store.train) for window in windows]
 
     def held_out(self, batches: int | None = None, rows: slice | None = None) -> Iterator[Batch]:
         """Consecutive windows that do not overlap, the last batch padded; fewer `batches` are spread over the text."""

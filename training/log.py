@@ -1,8 +1,11 @@
 """What a run says: metrics.jsonl (the record), trackers (TensorBoard, Weights & Biases), and the line on the terminal.
 
 metrics.jsonl holds one JSON object a line. A training line has at least `step` and `loss`; an evaluation line has
-"kind": "eval" as well. Numbers are written with every digit they have (repr); what is not finite becomes one of the
-strings "nan", "inf", "-inf", which JSON lacks as numbers, and `read` turns back.
+"kind": "eval" as well; one of "kind": "skipped" says of a step that changed nothing which `batch` of which `seed` it
+had (Dataset.batch), and where its `rows` come from (Dataset.places).
+
+Numbers are written with every digit they have (repr); what is not finite becomes one of the strings "nan", "inf",
+"-inf", which JSON lacks as numbers, and `read` turns back.
 """
 
 import json

@@ -246,6 +246,7 @@ def _loop(
     rate = learning_rate(experiment.optimizer.lr, experiment.optimizer.schedule, train.steps)
     source = job.dataset.train(train.seed, job.share)
     evaluation: dict[str, Any] = {}
+    made: dict[int, Any] = {}  # whether a step was skipped, on the devices
     clock, counted, compiling, apart = time.perf_counter(), start, 0.0, 0.0
 
     @contextlib.contextmanager
@@ -265,10 +266,22 @@ def _loop(
             watchdog.beat(step)
             yield job.feed(batch)
 
-    def save(step: int, metric: float | None = None) -> None:
+    def tell_skipped(progress: Progress) -> None:
+        """Of the steps that were made since it was last asked: to look at each would have the host wait for it."""
+        for at, bad in zip(made, jax.device_get([*made.values()]), strict=True):
+            if bad:
+                batch = {"seed": train.seed, "batch": at - 1, "rows": job.dataset.places(train.seed, at - 1)}
+                log.write(at, {"kind": "skipped", **batch})
+                said = f"skipped: its loss or gradient is not finite (batch {at - 1} of seed {train.seed})"
+                progress.print(f"step {at}/{train.steps}  {said}")
+        made.clear()
+
+    def save(step: int, progress: Progress, metric: float | None = None) -> None:
+        tell_skipped(progress)
         checkpoints.save(step, flatten_state(state), record_of(experiment, job.dataset, step), metric)
 
     def judge(step: int, progress: Progress) -> dict[str, Any]:
+        tell_skipped(progress)
         found = evaluate(job.evaluate, shown(state), held_out())
         log.write(step, {"kind": "eval", **found})
         said = "  ".join(f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float))
@@ -291,6 +304,7 @@ def _loop(
             profiler.before(step, state)
             called = time.perf_counter()
             state, metrics = job.step(state, batch)
+            made[step] = metrics["bad"]
             if step == start + 1:
                 compiling = time.perf_counter() - called
             if traced := profiler.after(step, state):
@@ -306,11 +320,13 @@ def _loop(
                 if facts["peak"]:
                     values["mfu"] = values["tokens_per_second"] * facts["flops"] / facts["peak"]
                 del values["bad"]
+                tell_skipped(progress)
                 log.write(step, values)
                 progress.update(step, **{name: values[name] for name in SHOWN if name in values})
                 clock, counted, apart = time.perf_counter(), step, 0.0
             # Also between lines of the log, or a streak could come and go unseen.
             if (logged or due(train.bad_steps, step)) and (bad := int(metrics["bad"])) >= train.bad_steps:
+                tell_skipped(progress)
                 checkpoints.wait()
                 kept = checkpoints.steps()
                 good = f"the last good checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
@@ -328,7 +344,7 @@ def _loop(
             asked = stop.after(step)
             if due(train.checkpoint_every, step) or last or asked:
                 with aside():
-                    save(step, metric)
+                    save(step, progress, metric)
             if asked and not last:
                 checkpoints.wait()
                 message = f"{asked}: saved step {step}. Continue with: {_command(run)}"
