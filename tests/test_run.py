@@ -220,7 +220,8 @@ def test_a_config_without_a_checkpoint_binds_nobody(folder):
 def test_a_changed_corpus_is_refused(tmp_path, folder):
     signal_at(8, signal.SIGTERM, lambda: trained(tmp_path, "run"))
     (tmp_path / "text" / "3.txt").write_text("other text, and so another digest\n" * 10)
-    with pytest.raises(CheckpointError, match="the data has changed since step 8 was saved .*start another --run"):
+    place = rf"\(digest \w+, now \w+ of the store {tmp_path}/store/text-\w+, made from {tmp_path}/text\)"
+    with pytest.raises(CheckpointError, match=f"data has changed since step 8 was saved {place}: .*another --run"):
         trained(tmp_path, "run")
 
 

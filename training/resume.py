@@ -9,7 +9,7 @@ import numpy as np
 
 from training import settings
 from training.checkpoint import CheckpointError
-from training.data import Dataset
+from training.data import Dataset, TextDataset
 from training.digests import META, DamagedError
 from training.experiment import Experiment
 
@@ -60,9 +60,12 @@ def refuse_another(
             f"{source} was made with {', '.join(other)}: change that back, or choose another --run"
         )
     if digest != dataset.digest:
+        place = ""
+        if isinstance(dataset, TextDataset):
+            place = f" of the store {dataset.store.folder}, made from {dataset.store.manifest['source']}"
         raise CheckpointError(
             f"the data has changed since step {step} was saved (digest {digest[:12]}, now "
-            f"{dataset.digest[:12]}): the run cannot go on with the same batches; start another --run"
+            f"{dataset.digest[:12]}{place}): the run cannot go on with the same batches; start another --run"
         )
     now = _constants(experiment)
     for place in sorted(kept.keys() | now.keys()):
