@@ -16,6 +16,7 @@ RUN/ablation/ gets a report of what each is worth. What was asked is kept, too.
 
   python ablate.py STUDY --help               options
   python ablate.py STUDY --dry-run            its cells, what they are matched in, what is left to train
+  python ablate.py recall_frontier --workers 2   two cells at a time, on CPU cores of their own
   python ablate.py recall_frontier@smoke      another tier of a study: smoke (a minute), laptop, paper (a GPU)
   python ablate.py runs/quickstart --help     options for a trained model
   python ablate.py runs/quickstart --parts layers window --batches 4

@@ -1,5 +1,6 @@
 """The job of `python ablate.py STUDY`: train what is missing, and write the report."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from probes import study_report
+from probes import study_report, workers
 from probes.ablation import LEDGER, Work, missing, opened, prepare, run
 from probes.matching import Resolved
 from probes.studies import Options, changed, find
@@ -35,7 +36,10 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
         return None
     with RunLock(folder):
         work = opened_with(writable=True)
-        run(work, options.only)
+        if options.workers == 1:
+            run(work, options.only)
+        else:
+            workers.run(work, options.only, options.workers, [name, *shlex.split(_flags(options))])
         if not any(row["digest"] == resolved.digest for resolved in cells for row in work.ledger.rows):
             raise ConfigError("nothing of this study is known yet, so there is nothing to report")
         return study_report.write(study, title, cells, work.ledger.rows, folder)

@@ -44,6 +44,7 @@ LEDGER = "arms.jsonl"
 UNFINISHED = "unfinished"  # folder of the checkpoints of programs under way
 KEEP_SECONDS = 120.0  # between them
 Told = Callable[[int, str], None]  # steps done since it was last told, and what is on
+Program = tuple[Resolved, list[Numbers]]  # a cell, and arms of it that train together
 
 
 class Stopped(Exception):
@@ -118,6 +119,16 @@ def missing(study: Study, resolved: Resolved, ledger: Ledger) -> list[Numbers]:
     return [arm for arm in study.arms(resolved.cell) if not ledger.has(**key(resolved, arm))]
 
 
+def programs(work: Work, only: Sequence[str] = ()) -> list[Program]:
+    """What is to be trained: the arms that the ledger lacks, as many as train together, of cells named in `only`."""
+    found: list[Program] = []
+    for resolved in work.cells:
+        arms = missing(work.study, resolved, work.ledger) if not only or resolved.cell.name in only else []
+        size = work.study.together or len(arms)
+        found += [(resolved, arms[low : low + size]) for low in range(0, len(arms), size or 1)]
+    return found
+
+
 def run(work: Work, only: Sequence[str] = ()) -> int:
     """Trains the arms that the ledger lacks, of the cells named in `only` or of all; returns how many those were.
 
@@ -125,34 +136,58 @@ def run(work: Work, only: Sequence[str] = ()) -> int:
     """
     if jax.default_backend() == "cpu":
         keep_heap()
-    todo = [(resolved, missing(work.study, resolved, work.ledger)) for resolved in work.cells]
-    todo = [(resolved, arms) for resolved, arms in todo if arms and (not only or resolved.cell.name in only)]
-    count = sum(len(arms) for _, arms in todo)
-    if not count:
+    if not (todo := programs(work, only)):
         return 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=True))
-    with Stop() as stop, Progress(*columns, *times, console=work.console, transient=True) as progress:
-        total = sum(len(arms) * resolved.cell.experiment.train.steps for resolved, arms in todo)
-        bar = progress.add_task(f"0/{count} arms", total=total)
-        done = 0
-        for resolved, arms in todo:
-            size = work.study.together or len(arms)
-            for low in range(0, len(arms), size):
-                some = arms[low : low + size]
+    with Stop() as stop, Bar(work, todo) as bar:
+        for one in todo:
+            keep(work, one, program(work, one, stop, functools.partial(bar.told, one)), bar)
+    tidy(work)
+    return bar.count
 
-                def told(steps: int, text: str, done: int = done, some: Sequence[Numbers] = some) -> None:
-                    progress.advance(bar, steps * len(some))
-                    progress.update(bar, description=f"{done}/{count} arms | {text}")
 
-                rows = _program(work, resolved, some, stop, told)
-                work.ledger.add(*rows)
-                shutil.rmtree(_unfinished(work, resolved), ignore_errors=True)
-                done += len(some)
-                work.console.print(said(rows), highlight=False)
-        with contextlib.suppress(OSError):  # of another study's programs that were stopped, it keeps them
-            (work.folder / UNFINISHED).rmdir()
-    return count
+class Bar:
+    """The progress of a study on the terminal: by arithmetic, since cells are not alike."""
+
+    def __init__(self, work: Work, todo: Sequence[Program]):
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=True))
+        self._progress = Progress(*columns, *times, console=work.console, transient=True)
+        self.count, self._done = sum(len(arms) for _, arms in todo), 0
+        self._bar = self._progress.add_task(f"0/{self.count} arms", total=sum(map(effort, todo)))
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def told(self, one: Program, steps: int, text: str) -> None:
+        self._progress.advance(self._bar, effort(one) * steps / one[0].cell.experiment.train.steps)
+        self._progress.update(self._bar, description=f"{self._done}/{self.count} arms | {text}")
+
+    def done(self, one: Program) -> None:
+        self._done += len(one[1])
+
+
+def effort(one: Program) -> float:
+    """FLOPs of a program."""
+    resolved, arms = one
+    experiment = resolved.cell.experiment
+    return resolved.costs["flops"] * experiment.data.T * experiment.data.B * experiment.train.steps * len(arms)
+
+
+def keep(work: Work, one: Program, rows: list[dict[str, Any]], bar: Bar) -> None:
+    """Writes down the arms of a program that is done; its checkpoints are wanted no more."""
+    work.ledger.add(*rows)
+    shutil.rmtree(_unfinished(work, one[0]), ignore_errors=True)
+    bar.done(one)
+    work.console.print(said(rows), highlight=False)
+
+
+def tidy(work: Work) -> None:
+    with contextlib.suppress(OSError):  # of another study's programs that were stopped, it keeps them
+        (work.folder / UNFINISHED).rmdir()
 
 
 def said(rows: Sequence[dict[str, Any]]) -> str:
@@ -170,8 +205,9 @@ def _unfinished(work: Work, resolved: Resolved) -> Path:
     return work.folder / UNFINISHED / resolved.digest
 
 
-def _program(work: Work, resolved: Resolved, arms: Sequence[Numbers], stop: Stop, told: Told) -> list[dict[str, Any]]:
-    """Rows of the ledger of arms that train together."""
+def program(work: Work, one: Program, stop: Stop, told: Told) -> list[dict[str, Any]]:
+    """Rows of the ledger of arms that train together. Raises Stopped when their state is on the disk."""
+    resolved, arms = one
     experiment = resolved.cell.experiment
     asked = judge(dataset_of(experiment.data), experiment.train.eval_batches)
     grid = build(experiment, arms)

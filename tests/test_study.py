@@ -207,7 +207,7 @@ def test_an_arm_is_what_it_is_alone(finished):
 
 def test_a_finished_study_trains_nothing(finished, tmp_path, monkeypatch):
     (tmp_path / LEDGER).write_text("".join(json.dumps(row) + "\n" for row in finished))
-    monkeypatch.setattr(ablation, "_program", None)
+    monkeypatch.setattr(ablation, "program", None)
     assert run(work(tmp_path)) == 0
 
 
@@ -220,18 +220,38 @@ def test_the_command_trains_what_is_missing_and_reports_and_then_trains_nothing(
     assert ablate.main([str(study), "--folder", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "24: 4 arms, accuracy" in said and f"written: {folder}/report.md" in said.replace("\n", "")
-    known = [
-        [(row["digest"], row["arm"], row["curve"], row["test"]) for row in opened(of, writable=False).rows]
-        for of in (folder / LEDGER, ledger)
-    ]
-    assert known[0] == known[1]
+    assert told(folder / LEDGER) == told(ledger)
     report = (folder / "report.md").read_text()
     assert "2 cells were trained, 8 of 8 arms" in report and (folder / "report.html").is_file()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(ablation, "_program", None)
+    monkeypatch.setattr(ablation, "program", None)
     since = time.perf_counter()
     assert ablate.main([str(study), "--folder", str(folder)]) == 0 and time.perf_counter() - since < 20
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def told(path: Path) -> list:
+    """What training gave, of each arm."""
+    rows = opened(path, writable=False).rows
+    return sorted(([row["digest"], *row["arm"].values(), row["test"], row["curve"]] for row in rows), key=str)
+
+
+def test_workers_train_the_same(ledger, tmp_path, capsys, monkeypatch):
+    """Two processes, a cell each: rows, and the commands that make them again, are those of one."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    study, folder = tmp_path / "kept.py", tmp_path / "out"
+    study.write_text("from test_study import STUDY\n\ntiers = {'laptop': STUDY}\n")
+    assert ablate.main([str(study), "--folder", str(folder), "--workers", "2"]) == 0
+    assert "2 cells were trained, 8 of 8 arms" in (folder / "report.md").read_text()
+    for row, whole in zip(told(folder / LEDGER), told(ledger), strict=True):
+        assert row[:-2] == whole[:-2]
+        np.testing.assert_allclose(row[-1], whole[-1], atol=1e-5)
+    commands = {row["command"] for row in opened(folder / LEDGER, writable=False).rows}
+    assert commands == {f"python ablate.py {study} --only {width}" for width in (16, 24)}
+    assert not (folder / ablation.UNFINISHED).exists()
+    capsys.readouterr()
+    assert ablate.main([str(study), "--folder", str(folder), "--workers", "99"]) == 2
+    assert "workers is 99: give 1 to " in capsys.readouterr().err
 
 
 def test_a_study_that_is_extended_trains_what_is_missing(finished, tmp_path):

@@ -1,0 +1,59 @@
+"""Workers of a study that are interrupted (what they train: tests/test_study.py)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from probes import ablation
+from probes.ablation import LEDGER, opened
+
+ROOT = Path(__file__).parents[1]
+
+
+def begun(tmp_path: Path, folder: Path) -> tuple[subprocess.Popen, Callable[[], list[Path]]]:
+    """A study of two long cells, both under way; and what is saved of them."""
+    study = tmp_path / "long.py"
+    long = "dataclasses.replace(STUDY, base=replaced(BASE, 'train.steps', 400_000))"
+    study.write_text(f"import dataclasses\n\nfrom test_study import *\n\ntiers = {{'laptop': {long}}}\n")
+    command = [sys.executable, "ablate.py", str(study), "--folder", str(folder), "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": "tests"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list((folder / ablation.UNFINISHED).glob("*/"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    time.sleep(5)
+    return process, lambda: [p for p in (folder / ablation.UNFINISHED).glob("*/*") if p.name.isdigit()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL], ids=lambda kind: kind.name)
+def test_workers_are_stopped_with_the_first_process(tmp_path, kind):
+    """Their state is saved, also where the first process was killed."""
+    folder = tmp_path / "out"
+    process, saved = begun(tmp_path, folder)
+    process.send_signal(kind)
+    process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 130, signal.SIGKILL: -signal.SIGKILL}[kind]
+    for _ in range(100):
+        if subprocess.run(["pgrep", "-f", f"probes.workers.*{folder}"], stdout=subprocess.DEVNULL).returncode:
+            break
+        time.sleep(0.2)
+    assert len(saved()) == 2 and not opened(folder / LEDGER, writable=False).rows
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_and_the_others_save(tmp_path):
+    folder = tmp_path / "out"
+    process, saved = begun(tmp_path, folder)
+    subprocess.run(["pkill", "-9", "-f", f"probes.workers 0.*{folder}"], check=True)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "its worker ended with signal 9, as when memory runs out" in error
+    assert "error: 16: " in error or "error: 24: " in error
+    assert len(saved()) >= 1 and not opened(folder / LEDGER, writable=False).rows
