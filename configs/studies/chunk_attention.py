@@ -37,6 +37,7 @@ def study(data: Probe, W: int, D: int, steps: int, chunks: tuple[int, ...], tops
         "window of 8": Attention(H=1, window=8, rope_theta=None),
         "window of 32": Attention(H=1, window=32, rope_theta=None),
         "4 chunks of 8, no window": dataclasses.replace(CHUNKS, window=None),
+        "4 chunks of 8, window of 32": dataclasses.replace(CHUNKS, window=32),
         "4 dances": dataclasses.replace(CHUNKS, boundary=(0,)),
         "attention": Attention(H=1, rope_theta=None),
     }
@@ -59,6 +60,13 @@ def claims(delay: int) -> tuple[Claim, ...]:
     return (
         Claim("Chunks recall over delays far beyond the window.", SOURCE, "4 chunks of 8", "window of 8", slice=far),
         Claim("They do without a window beside.", SOURCE, "4 chunks of 8, no window", "window of 32", slice=far),
+        Claim(
+            "A window four times as wide is worth less than they are.",
+            SOURCE,
+            "4 chunks of 8",
+            "window of 32",
+            slice=far,
+        ),
         Claim("Chunks of a dance each recall more than a grid's.", SOURCE, "4 dances", "4 chunks of 8", slice=far),
         Claim("Four chunks recall more than one.", SOURCE, "4 chunks of 8", "1 chunk of 8", slice=far),
     )
