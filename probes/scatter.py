@@ -22,14 +22,14 @@ NAMED = 14  # points that may have their names beside them
 def scatter(
     title: str,
     series: Mapping[str, Sequence[At]],
-    hollow: Mapping[str, tuple[float, float]],
+    hollow: Mapping[str, Sequence[tuple[float, float]]],
     x: str,
     label: str,
     *,
     share: bool,
     guess: float | None,
 ) -> Draw:
-    """Points by x, on a scale of powers; those of a series are joined. hollow: others, by name.
+    """Points by x, on a scale of powers; those of a series are joined. hollow: others, by name, likewise.
 
     Where series are lines, names stand right of all. Else they stand beside their points; where there is no room for
     all names, numbers do, and a key has the names.
@@ -53,9 +53,10 @@ def scatter(
         high = max(3.9, 1.1 + 0.17 * len(series)) if joined else 3.9 + key
         figure, axes = canvas(width, high)
         every = [at for line in series.values() for at in line]
-        ys = [y for at in every for y in (at.low, at.high)] + [y for _, y in hollow.values()]
+        others = [point for points in hollow.values() for point in points]
+        ys = [y for at in every for y in (at.low, at.high)] + [y for _, y in others]
         limits(axes, [*ys, *([] if guess is None else [guess])], share)
-        sizes = [at.x for at in every] + [size for size, _ in hollow.values()]
+        sizes = [at.x for at in every] + [size for size, _ in others]
         _powers(axes, sizes)
         wanted, handles = [], []
         for number, (name, line) in enumerate(series.items()):
@@ -70,10 +71,12 @@ def scatter(
                 wanted.append((line[0].x, line[0].mean, str(number + 1) if numbered else name, ink))
             said = f"{number + 1}  {name}"
             handles.append(Line2D([], [], color=colour, marker=marker, ms=5, lw=0, label=said))
-        for number, (name, (size, y)) in enumerate(hollow.items()):
-            axes.plot([size], [y], color=faint, marker="o", mfc="none", ms=6.5, lw=0, zorder=2)
+        for number, (name, points) in enumerate(hollow.items()):
+            axes.plot(
+                *zip(*points, strict=True), color=faint, marker="o", mfc="none", ms=6.5, lw=0.8, ls=DOTS, zorder=2
+            )
             letter = chr(ord("a") + number % 26)
-            wanted.append((size, y, letter if numbered else name, faint))
+            wanted.append((*points[-1], letter if numbered else name, faint))
             handles.append(Line2D([], [], color=faint, marker="o", mfc="none", ms=5, lw=0, label=f"{letter}  {name}"))
         if guess is not None:
             axes.axhline(guess, ls=DOTS, lw=1.3, color=faint)
@@ -87,7 +90,7 @@ def scatter(
             )  # fmt: skip
         if joined:
             name_ends(axes, {name: (line[-1].x, line[-1].mean) for name, line in series.items()}, high - 1.0, ink)
-        dots = [(at.x, at.mean) for at in every] + list(hollow.values())
+        dots = [(at.x, at.mean) for at in every] + others
         return figure, _labelled(figure, axes, wanted, dots)
 
     return draw

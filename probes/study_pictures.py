@@ -91,11 +91,10 @@ def _beside_state(study: Study, trained: Sequence[Result]) -> Drawn:
     series = _groups(
         trained, lead if rest else [axis.name for axis in study.axes], lambda r: r.resolved.costs["state_bytes"]
     )
-    hollow = {
-        f"{point.name} (published)": (float(point.state_bytes), point.value)
-        for point in study.references
-        if point.state_bytes is not None
-    }
+    hollow: dict[str, list[tuple[float, float]]] = {}
+    for point in study.references:
+        if point.state_bytes is not None:
+            hollow.setdefault(f"{point.name} (published)", []).append((float(point.state_bytes), point.value))
     title = f"{measure.capitalize()} beside bytes of state"
     draw = scatter(title, series, hollow, "bytes of state, one sequence", measure, share=share, guess=bar)
     caption = f"Each cell at its best setting. {_seeds(trained)}"

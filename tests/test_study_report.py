@@ -454,7 +454,7 @@ def test_choices_stand_at_their_numbers(names, places, log):
 def test_labels_of_points_do_not_overlap(number):
     """Few have their names beside them, many have numbers; all of them where points are crowded."""
     series = {f"a memory called {n}": [At(1000 + n // 6, 0.5 + 0.01 * (n % 6), 0.4, 0.6)] for n in range(number)}
-    figure = scatter("t", series, {"p": (1000, 0.5)}, "x", "y", share=True, guess=0.1)(False)
+    figure = scatter("t", series, {"p": [(1000, 0.5)]}, "x", "y", share=True, guess=0.1)(False)
     figure.draw_without_rendering()
     labels = [label for label in figure.axes[0].texts]
     assert len(labels) == number + 1

@@ -46,9 +46,7 @@ def beside(name: str, size: int) -> str:
 
 
 REFERENCES = tuple(
-    Reference(f"{name}, published", value, size, beside(name, size))
-    for name, points in PUBLISHED.items()
-    for size, value in points
+    Reference(name, value, size, beside(name, size)) for name, points in PUBLISHED.items() for size, value in points
 )
 
 
