@@ -20,8 +20,8 @@ class Options:
     seeds: of every setting; None for what the study says. More than before trains those that are missing.
     rates: peak learning rates; none for those of the study. steps: of training; None for what the study says.
     together: arms of a program at most (memory grows with them); None for what the study says, 0 for all of a cell.
-    workers: processes that train a cell each, on cores of their own, on CPUs alone. A cell keeps about one core busy,
-        so as many as there are cores are done soonest; each takes memory of its own.
+    workers: processes that train a cell each, on cores of their own, on CPUs alone. A cell cannot fill many
+        cores, so as many as there are cores are done soonest; each takes memory of its own.
     dry_run: print the cells, what they are matched in and how many arms are missing, and stop.
     """
 
