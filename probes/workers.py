@@ -1,9 +1,9 @@
 """Cells of a study side by side: processes that train one program at a time, each on cores of its own.
 
-Small arms do not fill the cores of a CPU: on two, one cell at a time kept 1.6 of them busy, and took 1.4 times as long as
-two at a time. The first process has the folder's lock and writes the ledger. It hands a worker a cell and its arms, a line of JSON, and hears of
-steps and of rows by lines of JSON. The state of a program lies where it always does, so that one that was stopped goes
-on, by workers or without.
+Small arms do not fill the cores of a CPU: on two, one cell at a time kept 1.6 of them busy, and took 1.4 times as long
+as two at a time. The first process has the folder's lock and writes the ledger. It hands a worker a cell and its arms,
+a line of JSON, and hears of steps and of rows by lines of JSON. The state of a program lies where it always does, so
+that one that was stopped goes on, by workers or without.
 """
 
 import collections
