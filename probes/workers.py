@@ -6,7 +6,6 @@ a line of JSON, and hears of steps and of rows by lines of JSON. The state of a 
 that one that was stopped goes on, by workers or without.
 """
 
-import collections
 import contextlib
 import dataclasses
 import io
@@ -58,7 +57,7 @@ def run(work: Work, only: Sequence[str], workers: int, arguments: Sequence[str])
     """
     shares = _shares(workers)
     # The longest first, or the last of them would keep one worker alone busy.
-    waiting = collections.deque(sorted(programs(work, only), key=effort, reverse=True))
+    waiting = sorted(programs(work, only), key=effort, reverse=True)
     if not waiting:
         return 0
     heard: Heard = queue.Queue()
@@ -69,14 +68,17 @@ def run(work: Work, only: Sequence[str], workers: int, arguments: Sequence[str])
             stack.enter_context(Worker(number, shares[number], work, arguments, heard))
             for number in range(min(workers, len(waiting)))
         ]
-        for worker in team:
-            worker.give(waiting.popleft())
         leaving = False
-        while any(worker.one for worker in team):
+        while True:
             if (stop.requested or failure) and not leaving:
                 leaving = True
                 for worker in team:
                     worker.stop()
+            for worker in team:
+                if not (worker.one or leaving) and (one := _free(waiting, team)):
+                    worker.give(one)
+            if not any(worker.one for worker in team):
+                break
             try:
                 worker, said = heard.get(timeout=0.5)
             except queue.Empty:
@@ -90,8 +92,6 @@ def run(work: Work, only: Sequence[str], workers: int, arguments: Sequence[str])
             worker.one = None
             if "rows" in said:
                 keep(work, one, said["rows"], bar)
-                if waiting and not leaving:
-                    worker.give(waiting.popleft())
             elif "stopped" not in said and not leaving:
                 failure = failure or f"{one[0].cell.name}: {said.get('error') or worker.last_words()}"
     tidy(work)
@@ -100,6 +100,15 @@ def run(work: Work, only: Sequence[str], workers: int, arguments: Sequence[str])
     if stop.requested:
         raise Stopped(stop.requested)
     return bar.count
+
+
+def _free(waiting: list[Program], team: Sequence["Worker"]) -> Program | None:
+    """The next program of a cell that no worker is at: programs of one cell have one place for their state."""
+    at = {worker.one[0].digest for worker in team if worker.one}
+    for number, (resolved, _) in enumerate(waiting):
+        if resolved.digest not in at:
+            return waiting.pop(number)
+    return None
 
 
 class Worker:

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from probes import ablation
+from probes import ablation, workers
 from probes.ablation import LEDGER, opened
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,20 @@ def begun(tmp_path: Path, folder: Path) -> tuple[subprocess.Popen, Callable[[], 
         time.sleep(0.2)
     time.sleep(5)
     return process, lambda: [p for p in (folder / ablation.UNFINISHED).glob("*/*") if p.name.isdigit()]
+
+
+def test_programs_of_a_cell_are_never_side_by_side():
+    """They would keep their state in one place."""
+    one, other = (SimpleNamespace(digest=name) for name in "ab")
+    waiting = [(one, [0]), (one, [1]), (other, [0])]
+    team = [SimpleNamespace(one=None), SimpleNamespace(one=None)]
+    team[0].one = workers._free(waiting, team)
+    team[1].one = workers._free(waiting, team)
+    assert [worker.one for worker in team] == [(one, [0]), (other, [0])] and waiting == [(one, [1])]
+    team[1].one = None
+    assert workers._free(waiting, team) is None
+    team[0].one = None
+    assert workers._free(waiting, team) == (one, [1]) and not waiting
 
 
 @pytest.mark.slow
