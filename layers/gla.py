@@ -54,7 +54,7 @@ class GLA(LayerConfig):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return cls(chunk=16), cls(H=2, K=12, V=20, R=4, temperature=1.0, conv=4, chunk=8)
+        return cls(chunk=16), cls(H=2, K=12, V=20, R=4, temperature=1.0, conv=4, norm_eps=1e-2, chunk=8)
 
 
 class GLAState(NamedTuple):

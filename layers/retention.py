@@ -55,7 +55,7 @@ class Retention(LayerConfig):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return cls(H=4, chunk=16), cls(H=2, K=12, V=20, theta=500.0, conv=3, chunk=8)
+        return cls(H=4, chunk=16), cls(H=2, K=12, V=20, theta=500.0, conv=3, norm_eps=1e-2, chunk=8)
 
 
 class RetentionState(NamedTuple):

@@ -126,6 +126,13 @@ def of_slice(row: Row, name: str) -> Score | None:
     return next((score for score in row["scores"] if named(score["slice"]) == name), None)
 
 
+def asked(result: Result, name: str) -> list[float]:
+    """The accuracies of a slice, by seed; of all for no name. Fewer, or none, where it was not asked."""
+    if not name:
+        return result.tests
+    return [score["accuracy"] for row in result.chosen if (score := of_slice(row, name)) is not None]
+
+
 def guess(score: Score) -> float:
     """What one reaches that does not know which of a row's answers is asked for; without a row, where it says none."""
     return score["chance"] if score["plateau"] is None else score["plateau"]

@@ -1,6 +1,5 @@
 """The report of a study, as Markdown, HTML and pictures: made of its ledger alone, and the same when made again."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ from probes.study_numbers import (
     Result,
     Row,
     Verdict,
+    asked,
     at_bytes,
     goal,
     guess,
     guessing,
     line,
+    mean,
     of_slice,
     once,
     ranked,
@@ -254,21 +255,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _slice(result: Result, name: str) -> str:
-    values = [score["accuracy"] for row in result.chosen if (score := of_slice(row, name)) is not None]
+    values = asked(result, name)
     return spread(values) if values else ""
 
 
 def _guess(trained: Sequence[Result], name: str) -> str:
     scores = [score for result in trained if (score := of_slice(result.chosen[0], name)) is not None]
     return f"{guess(scores[0]):.3f}"
-
-
-def _measure(result: Result, slice: str) -> float:
-    """The mean over seeds, of all or of a slice; NaN if it was not asked that."""
-    if not slice:
-        return result.test
-    scores = [score["accuracy"] for row in result.chosen if (score := of_slice(row, slice)) is not None]
-    return float(np.mean(scores)) if scores else math.nan
 
 
 def _published(study: Study, found: Sequence[Result]) -> Table:
@@ -278,10 +271,10 @@ def _published(study: Study, found: Sequence[Result]) -> Table:
     columns |= {"bytes of state, published": [], "bytes of state, ours": []}
     for point in study.references:
         mine = by_name.get(point.name)
-        ours = None if mine is None or not mine.chosen else _measure(mine, point.slice)
+        ours = None if mine is None or not mine.chosen else mean(asked(mine, point.slice))
         size = f"{mine.resolved.costs['state_bytes']:,.0f}" if mine else ""
         if point.choice and (cells := line(found, point.choice)):
-            ours = at_bytes(cells, point.state_bytes or 0, [_measure(result, point.slice) for result in cells])
+            ours = at_bytes(cells, point.state_bytes or 0, [mean(asked(result, point.slice)) for result in cells])
             size = f"{cells[0].resolved.costs['state_bytes']:,.0f} to {cells[-1].resolved.costs['state_bytes']:,.0f}"
         values = (
             f"{point.value:.3f}",
