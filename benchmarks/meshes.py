@@ -4,6 +4,7 @@
     python -m benchmarks.meshes --processes 2   the same of two processes with four devices each, on one mesh
     python -m benchmarks.meshes --configs       what every config begins with, on every mesh: parameters.md and .jsonl
     python -m benchmarks.meshes --layers Titans GatedDeltaNet --folder runs/meshes       a look
+    python -m benchmarks.meshes --layers GLA --change norm_eps 1e-6 --folder runs/eps    at another value of a field
 
 Eight fake devices of this machine's CPU, float32. One layer of each kind, with an MLP behind it, width 64; eight rows
 of 64 tokens a step, documents and padding among them; Adam. What is in the ledger is not trained again.
@@ -148,6 +149,7 @@ def main() -> int:
     about.add_argument("--layers", nargs="+", default=None, help="names of classes; default: all")
     about.add_argument("--folder", type=Path, default=Path("results/meshes"))
     about.add_argument("--double", action="store_true", help="in float64, in a folder of its own")
+    about.add_argument("--change", nargs=2, metavar=("FIELD", "NUMBER"), help="of --layers, in a folder of its own")
     about.add_argument("--processes", type=int, default=1, help=f"that share the {DEVICES} devices")
     about.add_argument("--configs", action="store_true", help="what every config begins with, instead of losses")
     about.add_argument("--coordinator", help=argparse.SUPPRESS)
@@ -158,11 +160,19 @@ def main() -> int:
         about.error(f"--processes is {count}: it must divide the {DEVICES} devices")
     if asked.configs and (count > 1 or asked.layers or asked.double):
         about.error("--configs goes with --folder alone")
-    if asked.double and asked.folder == about.get_default("folder"):
-        about.error("--double needs a --folder of its own")
+    if (asked.double or asked.change) and asked.folder == about.get_default("folder"):
+        about.error("--double and --change need a --folder of their own")
     classes = {cls.__name__: cls for cls in layers.discover()}
+    if asked.change and not asked.layers:
+        about.error("--change needs --layers that have the field")
     if unknown := set(asked.layers or ()) - set(classes):
         about.error(f"no layer is named {', '.join(sorted(unknown))}: they are {', '.join(sorted(classes))}")
+    try:
+        mixers = {name: cls.examples()[0] for name, cls in classes.items()}
+        for name in asked.layers if asked.change else ():
+            mixers[name] = settings.replaced(mixers[name], asked.change[0], float(asked.change[1]))
+    except ValueError as error:  # a number that is none, too
+        about.error(f"--change: {error}")
     if count > 1 and asked.coordinator is None:
         return apart(count)
     jax.config.update("jax_platforms", "cpu")  # nothing has asked for devices yet
@@ -173,7 +183,7 @@ def main() -> int:
         if asked.configs:
             hash_configs(asked.folder)
         else:
-            train(asked, classes)
+            train(asked, mixers)
     return 0
 
 
@@ -188,13 +198,12 @@ def hash_configs(folder: Path) -> None:
     (folder / "parameters.md").write_text(parameters_page(ledger.rows))
 
 
-def train(asked: argparse.Namespace, classes: dict[str, type[LayerConfig]]) -> None:
+def train(asked: argparse.Namespace, mixers: dict[str, LayerConfig]) -> None:
     count, first = asked.processes, asked.index == 0
     ledger = Ledger(asked.folder / "runs.jsonl", writable=first)
     meshes = MESHES
     if count > 1:
         meshes = {f"{OVER_PROCESSES}: {count} processes x {DEVICES // count}": MESHES[OVER_PROCESSES]}
-    mixers = {layer: cls.examples()[0] for layer, cls in classes.items()}
     told = {layer: hashlib.sha256(str(mixer).encode()).hexdigest()[:12] for layer, mixer in mixers.items()}
     missing = [
         (layer, name)
