@@ -34,7 +34,8 @@ def estimate(experiment: Experiment, params: Params, structure: Structure, devic
 
 def abstract(experiment: Experiment, devices: int) -> AbstractMesh:
     """The mesh of an experiment over devices that are not there. Raises ValueError where sizes do not divide."""
-    sizes = axis_sizes(experiment.mesh, experiment.data.B, experiment.data.T, [0] * devices)
+    data, parts = experiment.data, experiment.train.accumulate
+    sizes = axis_sizes(experiment.mesh, data.B, data.T, [0] * devices, parts)
     return AbstractMesh(tuple(sizes.values()), AXES)
 
 

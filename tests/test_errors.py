@@ -39,6 +39,10 @@ FLAGS = {
     "too few words": ("--model.W 256", r"model\.W is 256, but the data has 257 words: use --model\.W 257"),
     "mesh beyond the devices": ("--mesh.data 3", r"mesh\.data = 3 do not fit 8 devices"),
     "mesh beyond the batch": ("--mesh.data 4", r"data\.B is 2, which does not divide over mesh\.data = 4"),
+    "mesh beyond a part": (
+        "--train.accumulate 2 --mesh.data 2",
+        r"data\.B is 2, which does not divide over train\.accumulate x mesh\.data = 4: choose a multiple, such as 4",
+    ),
     "no such corpus": ("--data.source nowhere", r"Text\.source is 'nowhere': no such file or folder; give"),
     "empty corpus": ("--data.source empty", r"Text\.source is 'empty': an empty corpus; give"),
     "blank corpus": ("--data.source blank", r"Text\.source is 'blank': an empty corpus; give"),

@@ -264,7 +264,7 @@ def check_training(options: Common, name: str, flags: list[str]) -> None:
     asked = parse(given, flags, program=f"python train.py {name}").experiment
     owners = [host for host in range(options.hosts) for _ in range(options.devices // options.hosts)]
     try:
-        axis_sizes(asked.mesh, asked.data.B, asked.data.T, owners)
+        axis_sizes(asked.mesh, asked.data.B, asked.data.T, owners, asked.train.accumulate)
     except ValueError as error:
         raise ConfigError(f"{options.place} has {options.devices} devices: {error}, in a flag after --") from error
 

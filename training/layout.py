@@ -165,22 +165,24 @@ class Layout:
         return NamedSharding(self.mesh, placed("BT", shape, dict(self.mesh.shape))).shard_shape(shape)
 
 
-def build_layout(config: Mesh, B: int, T: int, devices: list[Any] | None = None) -> Layout:
-    """The mesh of a config over the devices at hand, for batches [B, T].
+def build_layout(config: Mesh, B: int, T: int, devices: list[Any] | None = None, *, parts: int = 1) -> Layout:
+    """The mesh of a config over the devices at hand, for batches [B, T] taken in parts (train.accumulate).
 
     Raises ValueError, with the fix, where sizes do not divide.
     """
     if devices is None:  # those of a process side by side, so that its rows are
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
-    sizes = axis_sizes(config, B, T, [device.process_index for device in devices])
+    sizes = axis_sizes(config, B, T, [device.process_index for device in devices], parts)
     grid = np.array(devices[: math.prod(sizes.values())]).reshape(list(sizes.values()))
     if config.tables == "host" and HOST not in (known := [m.kind for m in devices[0].addressable_memories()]):
         raise ValueError(f"mesh.tables is 'host', but this device knows no {HOST} memory, only {', '.join(known)}")
     return Layout(jax.sharding.Mesh(grid, AXES), config.tables == "host")
 
 
-def axis_sizes(config: Mesh, B: int, T: int, owners: Sequence[int]) -> dict[str, int]:
-    """Devices along each axis of a config's mesh, for batches [B, T]. owners: of each device its process, in order.
+def axis_sizes(config: Mesh, B: int, T: int, owners: Sequence[int], parts: int = 1) -> dict[str, int]:
+    """Devices along each axis of a config's mesh, for batches [B, T] taken in parts.
+
+    owners: of each device its process, in order.
 
     Raises ValueError, with the fix, where sizes do not divide.
     """
@@ -195,8 +197,9 @@ def axis_sizes(config: Mesh, B: int, T: int, owners: Sequence[int]) -> dict[str,
         raise ValueError(f"{said} do not fit {len(owners)} devices: their product (without a -1) must be one of {fit}")
     if free:
         sizes[free[0]] = len(owners) // fixed
-    if B % (rows := math.prod(sizes[axis] for axis in BATCH)):
-        named = " x ".join(f"mesh.{axis}" for axis in BATCH if sizes[axis] > 1)
+    if B % (rows := parts * math.prod(sizes[axis] for axis in BATCH)):
+        over = [f"mesh.{axis}" for axis in BATCH if sizes[axis] > 1]
+        named = " x ".join(["train.accumulate"] * (parts > 1) + over)
         multiple = f"choose a multiple, such as {-(-B // rows) * rows}"
         raise ValueError(f"data.B is {B}, which does not divide over {named} = {rows}: {multiple}")
     if T % sizes[SEQUENCE]:

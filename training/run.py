@@ -86,7 +86,7 @@ def prepare(experiment: Experiment) -> Job:
         )
     if jax.default_backend() == "cpu":
         keep_heap()
-    layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T)
+    layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T, parts=experiment.train.accumulate)
     program = build_program(experiment, dataset, layout)
     return Job(
         experiment,
