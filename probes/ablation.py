@@ -305,7 +305,7 @@ def _restored(
 ) -> tuple[tuple[int, Any], _Sofar] | None:
     """What a stopped program left, if it was of these arms: with others, last digits would differ."""
     meta = checkpoints.peek()
-    if meta is None or meta["arms"] != arms:
+    if meta is None or meta.get("arms") != arms:
         return None
     like = jax.eval_shape(grid.start)
     found = checkpoints.restore(flatten_state(like))

@@ -35,8 +35,8 @@ def trials(fast: int, full: int) -> Callable[[Callable], Callable]:
 
 
 PROMISES = {
-    1: "while starting, training, saving, evaluating: every line of metrics and every array is as undisturbed, to the "
-    "bit; at most two intervals between checkpoints are trained again",
+    1: "while starting, training, saving, evaluating, restoring: every line of metrics and every array is as "
+    "undisturbed, to the bit; at most two intervals between checkpoints are trained again",
     2: "SIGTERM, SIGINT, SIGUSR1: the step is saved, the exit code is 128 + signal, the rest is identical",
     3: "again while it saves: the step is whole; a third time: it leaves at once, with what was whole",
     4: "a bit or a page of each file: told by name, passed over, the step before comes back to the bit",

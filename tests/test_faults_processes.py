@@ -53,9 +53,12 @@ def ends_as_if_nothing_had_happened(folder: Path, run: Path) -> None:
 @ONE
 @trials(2, 100)
 def test_01_hard_kill(folder, trial):
-    """While starting, between steps, while saving, while evaluating."""
-    draw, run = random.Random(trial), folder / f"killed {trial}"
-    process, aim = tiny.start(folder / "tiny.py", "--run", run), MOMENTS[trial % 4]
+    """While starting, between steps, while saving, while evaluating; killed before, while it reads its checkpoint."""
+    draw, run, aim = random.Random(trial), folder / f"killed {trial}", MOMENTS[trial % 5]
+    if aim == "restore":
+        process = begin(folder, run, draw.randrange(40, 200))
+        process.kill(), process.communicate()
+    process = tiny.start(folder / "tiny.py", "--run", run)
     assert strike(process, run, aim, draw.randrange(1, 220), EVALUATIONS, 5.0, draw)
     process.communicate()
     left = look(run, EVALUATIONS)

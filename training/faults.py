@@ -8,6 +8,7 @@ if they are, with 1 and the first difference if not.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import random
@@ -26,7 +27,7 @@ from training.log import METRICS, read
 
 ROOT = Path(__file__).resolve().parent.parent
 WALL_CLOCK = ("seconds", "tokens_per_second", "mfu")
-MOMENTS = ("start", "step", "save", "evaluation")  # what a kill aims at; where it struck is told from what is left
+MOMENTS = ("start", "step", "save", "evaluation", "restore")  # what a kill aims at; what it hit, the remains tell
 POLL_SECONDS = 0.001
 
 
@@ -100,6 +101,8 @@ def survive(
         if aim == "evaluation" and not any(step <= evaluation < last for evaluation in evaluations):
             aim = "step"
         began, before = time.monotonic(), look(killed, evaluations)
+        if aim == "restore" and before.checkpoint is None:
+            aim = "start"
         if not strike(start(arguments, killed), killed, aim, step, evaluations, starting, draw):
             break  # it came to its end first
         struck += 1
@@ -133,12 +136,23 @@ def strike(
             "step": reached,
             "save": reached and seen.saving,
             "evaluation": reached and seen.evaluating,
+            # It is seen to read a handful of times: list, record, arrays.
+            "restore": reads(process.pid, run / "checkpoints") and draw.random() < 0.3 or reached,
         }[aim]:
             time.sleep(draw.uniform(0, 0.005))
             break
         time.sleep(POLL_SECONDS)
     process.kill()
     return process.wait() != 0
+
+
+def reads(pid: int, folder: Path) -> bool:
+    """Whether a process has a file in a folder open, where the system tells (Linux does, in /proc)."""
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed by now
+            if Path(os.readlink(link)).is_relative_to(folder.absolute()):
+                return True
+    return False
 
 
 def difference(a: Path, b: Path) -> str | None:
