@@ -149,6 +149,19 @@ def guessing(found: Sequence[Result]) -> float | None:
     return mean(known) if known else None
 
 
+def guessers(trained: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """What guessing reaches, over all ("") and by slice; for each choice of `study.within`, as tasks differ in it."""
+    out = {}
+    for group in dict.fromkeys(result.group for result in trained):
+        mine = [result for result in trained if result.group == group]
+        if (bar := guessing(mine)) is not None:
+            scores = [score for result in mine for score in result.chosen[0]["scores"]]
+            out[f"guessing, {group}" if group else "guessing"] = {"": bar} | {
+                named(score["slice"]): guess(score) for score in scores
+            }
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Goal:
     """How soon the best setting reached the study's goal: medians of the `reached` seeds of `seeds`."""

@@ -12,7 +12,7 @@ from probes.evaluation import named
 from probes.matrix import Draw, both, cells, matrix
 from probes.scatter import scatter
 from probes.study import Numbers, Study
-from probes.study_numbers import Result, Setting, good, guess, guesses, guessing, mean, of_slice, ranked, slices
+from probes.study_numbers import Result, Setting, good, guessers, guesses, guessing, mean, of_slice, ranked, slices
 
 STEMS = ("main", "slices", "validation", "settings")
 FEW = 8  # lines that one picture holds
@@ -156,8 +156,8 @@ def _slices(study: Study, trained: Sequence[Result]) -> Drawn | None:
         result.name: {panel: cells([[_accuracy(row, name) for name in names] for row in result.chosen])}
         for result in trained
     }
-    bars = {panel: cells([[guess(parts[name]) for name in names]])}
-    draw = matrix("Accuracy by slice", {panel: columns}, values, bars)
+    values |= {who: {panel: cells([[bars.get(name) for name in names]])} for who, bars in guessers(trained).items()}
+    draw = matrix("Accuracy by slice", {panel: columns}, values)
     means = {
         name: mean([x for r in trained for row in r.chosen if (x := _accuracy(row, name)) is not None])
         for name in names

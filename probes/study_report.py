@@ -18,11 +18,9 @@ from probes.study_numbers import (
     asked,
     at_bytes,
     goal,
-    guess,
-    guessing,
+    guessers,
     line,
     mean,
-    of_slice,
     once,
     ranked,
     results,
@@ -193,9 +191,9 @@ def _results(study: Study, found: Sequence[Result]) -> list[Block]:
             del columns[head]
             same += [f"{head} {value}" for value in values]
     rows = [(result.name, *(cells[r] for cells in columns.values())) for r, result in enumerate(order)]
-    if (bar := guessing(trained)) is not None:
-        mine = {measure: f"{bar:.3f}"} | {name: _guess(trained, name) for name in shown}
-        rows.append(("(guessing)", *(mine.get(head, "") for head in columns)))
+    for who, bars in guessers(trained).items():
+        mine = {name or measure: f"{bar:.3f}" for name, bar in bars.items()}
+        rows.append((f"({who})", *(mine.get(head, "") for head in columns)))
     seeds = max((len(result.chosen) for result in trained), default=0)
     several = any(len(result.settings) > 1 for result in trained)
     caption = "Each cell at its best setting, which was chosen by validation rows; " if several else ""
@@ -257,11 +255,6 @@ def spread(values: Sequence[float]) -> str:
 def _slice(result: Result, name: str) -> str:
     values = asked(result, name)
     return spread(values) if values else ""
-
-
-def _guess(trained: Sequence[Result], name: str) -> str:
-    scores = [score for result in trained if (score := of_slice(result.chosen[0], name)) is not None]
-    return f"{guess(scores[0]):.3f}"
 
 
 def _published(study: Study, found: Sequence[Result]) -> Table:

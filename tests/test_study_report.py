@@ -14,7 +14,7 @@ from probes.charts import At
 from probes.matching import Matched, Resolved
 from probes.scatter import scatter
 from probes.study import Axis, Choice, Claim, Numbers, Reference, Study
-from probes.study_numbers import goal, guessing, ranked, results, verdicts
+from probes.study_numbers import goal, guessers, guessing, ranked, results, verdicts
 from probes.study_pictures import spaced
 from training.settings import replaced
 
@@ -111,6 +111,18 @@ def test_cells_of_tasks_are_ranked_within_each():
     said = study_report.summary(found, [])
     assert "easy, b is first with accuracy 0.900, and easy, a is last with 0.800" in said
     assert "hard, a is first with accuracy 0.200, and hard, b is last with 0.100" in said and "The best" not in said
+
+
+def test_what_guessing_reaches_is_said_of_each_task():
+    """By its own answers: an eighth of one task's, half of the other's; a mean of both is of neither."""
+    axes = (Axis("task", (Choice("easy"), Choice("hard"))),)
+    made = study(axes=axes, within="task", seeds=1)
+    easy, hard = resolved(made)
+    found = results(made, [easy, hard], [row(easy, 0, 0.9, scores={2: 0.9}), row(hard, 0, 0.9, scores={8: 0.9})])
+    assert guessers(ranked(found)) == {
+        "guessing, easy": {"": 0.5, "pairs 2": 0.5},
+        "guessing, hard": {"": 0.125, "pairs 8": 0.125},
+    }
 
 
 def test_where_less_is_better_the_least_validation_is_chosen_and_the_least_test_is_first():
