@@ -144,7 +144,9 @@ def guesses(row: Row) -> float | None:
 
 
 def guessing(found: Sequence[Result]) -> float | None:
-    """The same over all cells."""
+    """The same over all cells; None where they are of several tasks, of which a mean says nothing."""
+    if len({result.group for result in found}) > 1:
+        return None
     known = [x for result in found if result.chosen and (x := guesses(result.chosen[0])) is not None]
     return mean(known) if known else None
 

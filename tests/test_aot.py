@@ -269,6 +269,8 @@ def test_meshes_that_do_not_divide(tmp_path):
         ahead.compile_step(small(tmp_path, mesh=Mesh(data=3)), jax.devices(), None)
     with pytest.raises(ConfigError, match="data.B is 6, which does not divide over mesh.fsdp = 4"):
         ahead.compile_step(small(tmp_path, data__B=6), jax.devices(), None)
+    with pytest.raises(ConfigError, match="data.B is 12, which does not divide over train.accumulate x mesh.fsdp = 8"):
+        ahead.compile_step(small(tmp_path, data__B=12, train__accumulate=2), jax.devices(), None)
 
 
 def test_code_hears_the_backend_that_it_is_compiled_for():

@@ -398,6 +398,7 @@ BARE = ["vm", "quickstart", *NAMED, *PLACE]
             "which does not divide over mesh.data = 16: choose a multiple, such as 16, in a flag after --",
         ),
         ([*VM, "--accelerator", "v3-8", "--", "--data.B", "4"], "v3-8 has 8 devices: data.B is 4, which"),
+        ([*VM, "--accelerator", "v3-8", "--", "--train.accumulate", "4"], "over train.accumulate x mesh.data = 32"),
         ([*VM, "--accelerator", "v6e-16", "--", "--mesh.data", "4"], "leave process 1 without a device: make their"),
         ([*SLURM, "--nodes", "3"], "--nodes 3 --gpus 4 has 12 devices: data.B is 16, which does not divide over"),
         ([*VM, "--", "--train.stesp", "5"], "there is no field --train.stesp: did you mean --train.steps"),

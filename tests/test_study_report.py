@@ -123,6 +123,7 @@ def test_what_guessing_reaches_is_said_of_each_task():
         "guessing, easy": {"": 0.5, "pairs 2": 0.5},
         "guessing, hard": {"": 0.125, "pairs 8": 0.125},
     }
+    assert guessing(found) is None and guessing(found[:1]) == 0.5
 
 
 def test_where_less_is_better_the_least_validation_is_chosen_and_the_least_test_is_first():

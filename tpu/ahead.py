@@ -37,9 +37,9 @@ def compile_step(experiment: Experiment, devices: list[Any], chip: Chip | None) 
     platform = devices[0].platform
     with tracing_for(platform):
         try:
-            data = experiment.data.outline(experiment.model.W)
             parts = experiment.train.accumulate
             layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T, devices, parts=parts)
+            data = experiment.data.outline(experiment.model.W)
             program = build_program(experiment, data, layout)
             flops = flops_per_token(experiment, program.structure, data.labelled, data.prefix > 0)
         except ValueError as error:

@@ -148,9 +148,10 @@ def strike(
 
 def reads(pid: int, folder: Path) -> bool:
     """Whether a process has a file in a folder open, where the system tells (Linux does, in /proc)."""
+    folder = folder.resolve()  # as the system names what is open
     for link in Path(f"/proc/{pid}/fd").glob("*"):
         with contextlib.suppress(OSError):  # closed by now
-            if Path(os.readlink(link)).is_relative_to(folder.absolute()):
+            if link.readlink().is_relative_to(folder):
                 return True
     return False
 
