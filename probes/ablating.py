@@ -1,6 +1,7 @@
 """The job of `python ablate.py STUDY`: train what is missing, and write the report."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def ablate(name: str, flags: Sequence[str], command: str) -> Path | None:
 
     def opened_with(writable: bool) -> Work:
         ledger = opened(folder / LEDGER, writable=writable)
-        work = Work(study, title, cells, ledger, folder, f"{command}{_flags(options)}", Console())
+        console = Console(width=None if sys.stdout.isatty() else 120)  # a file has room for the table
+        work = Work(study, title, cells, ledger, folder, f"{command}{_flags(options)}", console)
         work.console.print(_table(work))
         return work
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from models.lm import LM
 from probes.bottleneck import for_task
@@ -36,6 +36,7 @@ from training.checkpoint import Checkpoints
 from training.data import DataConfig, Dataset
 from training.experiment import Experiment
 from training.heap import keep_heap
+from training.log import clock
 from training.run import flatten_state, unflatten_state
 from training.settings import ConfigError
 from training.stop import Stop
@@ -43,7 +44,7 @@ from training.stop import Stop
 LEDGER = "arms.jsonl"
 UNFINISHED = "unfinished"  # folder of the checkpoints of programs under way
 KEEP_SECONDS = 120.0  # between them
-Told = Callable[[int, str], None]  # steps done since it was last told, and what is on
+Told = Callable[..., None]  # steps done since it was last told, and what is on: as `Bar.told` takes them
 Program = tuple[Resolved, list[Numbers]]  # a cell, and arms of it that train together
 
 
@@ -146,28 +147,52 @@ def run(work: Work, only: Sequence[str] = ()) -> int:
 
 
 class Bar:
-    """The progress of a study on the terminal: by arithmetic, since cells are not alike."""
+    """Where a study is, in FLOPs, since cells are not alike: a bar on a terminal, else a line now and then.
 
-    def __init__(self, work: Work, todo: Sequence[Program]):
+    every: seconds between lines.
+    """
+
+    def __init__(self, work: Work, todo: Sequence[Program], every: float = 60.0):
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(elapsed_when_finished=True))
-        self._progress = Progress(*columns, *times, console=work.console, transient=True)
+        left = TextColumn("{task.fields[left]}")
+        self._progress = Progress(*columns, TimeElapsedColumn(), left, console=work.console, transient=True)
         self.count, self._done = sum(len(arms) for _, arms in todo), 0
-        self._bar = self._progress.add_task(f"0/{self.count} arms", total=sum(map(effort, todo)))
+        self._left = sum(map(effort, todo))
+        self._bar = self._progress.add_task(f"0/{self.count} arms", total=self._left, left="")
+        self._spent, self._under_way = 0.0, dict[str, float]()  # by this call; of programs that are not done
+        self._console, self._every, self._began, self._spoke = work.console, every, time.monotonic(), -every
 
     def __enter__(self) -> "Bar":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
-    def told(self, one: Program, steps: int, text: str) -> None:
-        self._progress.advance(self._bar, effort(one) * steps / one[0].cell.experiment.train.steps)
-        self._progress.update(self._bar, description=f"{self._done}/{self.count} arms | {text}")
+    def told(self, one: Program, steps: int, text: str, before: bool = False) -> None:
+        """steps: done since it was last told; or before, by an earlier call, of which no speed is known."""
+        flops = effort(one) * steps / one[0].cell.experiment.train.steps
+        self._under_way[one[0].digest] = self._under_way.get(one[0].digest, 0.0) + flops
+        self._spent += 0.0 if before else flops
+        self._show(flops, f"{self._done}/{self.count} arms | {text}")
+        now, task = time.monotonic(), self._progress.tasks[0]
+        if not self._console.is_terminal and now - self._spoke >= self._every:
+            self._spoke = now
+            line = f"{task.description}  {task.percentage:.0f}%  {task.fields['left']}"
+            self._console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
     def done(self, one: Program) -> None:
         self._done += len(one[1])
+        self._show(effort(one) - self._under_way.pop(one[0].digest, 0.0))  # where it was at its goal early
+
+    def _show(self, flops: float, text: str | None = None) -> None:
+        """flops: that are not left any more."""
+        self._left = max(0.0, self._left - flops)
+        seconds = time.monotonic() - self._began
+        left = f"eta {clock(self._left * seconds / self._spent)}" if self._spent else ""
+        self._progress.update(self._bar, advance=flops, description=text, left=left)
 
 
 def effort(one: Program) -> float:
@@ -217,7 +242,8 @@ def program(work: Work, one: Program, stop: Stop, told: Told) -> list[dict[str, 
     with Checkpoints(_unfinished(work, resolved), keep_last=1, keep_best=0) as checkpoints:
         if (found := _restored(checkpoints, grid, sofar.arms)) is not None:
             begin, sofar = found
-            told(begin[0], f"{resolved.cell.name}: goes on from step {begin[0]:,}")
+            told(begin[0], f"{resolved.cell.name}: goes on from step {begin[0]:,}", True)
+        told(0, f"{resolved.cell.name}: compiles")
         next(grid.train())  # compiles, which is not training
         saved, watch = time.monotonic(), _Watch(sofar)
         for done, state, losses in grid.train(begin):

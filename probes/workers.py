@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
             order = json.loads(line)
             one = by_name[order["cell"]], [Numbers(**arm) for arm in order["arms"]]
             try:
-                rows = program(work, one, stop, lambda steps, text: say(told=[steps, text]))
+                rows = program(work, one, stop, lambda *told: say(told=told))
             except Stopped:
                 say(stopped=True)
                 break

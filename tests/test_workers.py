@@ -1,5 +1,7 @@
-"""Workers of a study that are interrupted (what they train: tests/test_study.py)."""
+"""What a study says on its way, and workers that are interrupted (what they train: tests/test_study.py)."""
 
+import io
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from probes import ablation, workers
 from probes.ablation import LEDGER, opened
@@ -45,6 +48,52 @@ def test_programs_of_a_cell_are_never_side_by_side():
     assert workers._free(waiting, team) is None
     team[0].one = None
     assert workers._free(waiting, team) == (one, [1]) and not waiting
+
+
+def bar(out: io.StringIO, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> tuple[ablation.Bar, list]:
+    """Of two programs of ten steps and two arms, one four times as large as the other; each look takes a second."""
+    clock = itertools.count()
+    monkeypatch.setattr(ablation, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    ones: list = []
+    for name, flops in (("small", 1), ("large", 4)):
+        experiment = SimpleNamespace(data=SimpleNamespace(T=1, B=1), train=SimpleNamespace(steps=10))
+        cell = SimpleNamespace(name=name, experiment=experiment)
+        ones.append((SimpleNamespace(digest=name, costs={"flops": flops}, cell=cell), [0, 1]))
+    console = Console(file=out, width=100, force_terminal=terminal)
+    return ablation.Bar(SimpleNamespace(console=console), ones, every=0), ones  # type: ignore[arg-type]
+
+
+def test_a_study_says_where_it_is_without_a_terminal(monkeypatch):
+    """Where its output is a file, as a scheduler's is, a line now and then: arms, the best so far, how long to go."""
+    out = io.StringIO()
+    shown, (small, large) = bar(out, monkeypatch, terminal=False)
+    with shown:
+        shown.told(small, 0, "small: compiles")
+        shown.told(small, 5, "small: best 0.5 [at 0.01]")
+        shown.done(small)  # at its goal: the five steps that it did not need are no part of what is left
+        shown.told(large, 5, "large: goes on from step 5", True)
+        shown.told(large, 0, "large: compiles")
+        shown.told(large, 2, "large: best 0.7")
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "0/4 arms | small: compiles",
+        "0/4 arms | small: best 0.5 [at 0.01]",
+        "2/4 arms | large: goes on from step 5",
+        "2/4 arms | large: compiles",
+        "2/4 arms | large: best 0.7",
+    ]
+    # The smaller of the two is a fifth of it all, and the larger was half done.
+    assert [line.split("  ")[1] for line in lines] == ["0%", "10%", "60%", "60%", "76%"]
+    assert "eta" not in lines[0] and all("  eta 0:00:" in line for line in lines[1:])
+
+
+def test_a_study_has_a_bar_on_a_terminal(monkeypatch):
+    out = io.StringIO()
+    shown, (small, _) = bar(out, monkeypatch, terminal=True)
+    with shown:
+        shown.told(small, 5, "small: best 0.5")
+        shown._progress.refresh()
+    assert "0/4 arms | small: best 0.5" in out.getvalue() and "10%" in out.getvalue()
 
 
 @pytest.mark.slow

@@ -293,7 +293,7 @@ class Progress:
             self._silent, self._spoke = False, now
             done = step - self.start
             left = (self.total - step) * (now - self._began) / done if done > 0 else None
-            self.print(f"step {step}/{self.total}  {text}" + (f"  eta {_clock(left)}" if left is not None else ""))
+            self.print(f"step {step}/{self.total}  {text}" + (f"  eta {clock(left)}" if left is not None else ""))
 
     def print(self, text: str) -> None:
         """A line that stays, above the bar."""
@@ -308,7 +308,8 @@ def _shown(name: str, value: float | str) -> str:
     return f"{name.replace('_', ' ')} {value:.4g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
