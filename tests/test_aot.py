@@ -26,7 +26,6 @@ from tpu.capture import standard_error
 from tpu.compile import main
 from tpu.floor import floor
 from tpu.report import duration, fits, show, size
-from tpu.results import page
 from training.data import Text
 from training.experiment import Mesh
 from training.layout import build_layout
@@ -340,7 +339,6 @@ SMALL = '''"""A small model."""
 from layers.gated_deltanet import GatedDeltaNet
 from layers.mlp import MLP
 from models.lm import LM, Stage
-from tpu.results import page
 from training.data import Text
 from training.experiment import AdamW, Experiment
 
