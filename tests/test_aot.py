@@ -26,6 +26,7 @@ from tpu.capture import standard_error
 from tpu.compile import main
 from tpu.floor import floor
 from tpu.report import duration, fits, show, size
+from tpu.results import page
 from training.data import Text
 from training.experiment import Mesh
 from training.layout import build_layout
