@@ -157,8 +157,7 @@ class Bar:
         left = TextColumn("{task.fields[left]}")
         self._progress = Progress(*columns, TimeElapsedColumn(), left, console=work.console, transient=True)
         self.count, self._done = sum(len(arms) for _, arms in todo), 0
-        self._left = sum(map(effort, todo))
-        self._bar = self._progress.add_task(f"0/{self.count} arms", total=self._left, left="")
+        self._bar = self._progress.add_task(f"0/{self.count} arms", total=sum(map(effort, todo)), left="")
         self._spent, self._under_way = 0.0, dict[str, float]()  # by this call; of programs that are not done
         self._console, self._every, self._began, self._spoke = work.console, every, time.monotonic(), -every
 
@@ -189,10 +188,10 @@ class Bar:
 
     def _show(self, flops: float, text: str | None = None) -> None:
         """flops: that are not left any more."""
-        self._left = max(0.0, self._left - flops)
-        seconds = time.monotonic() - self._began
-        left = f"eta {clock(self._left * seconds / self._spent)}" if self._spent else ""
-        self._progress.update(self._bar, advance=flops, description=text, left=left)
+        self._progress.update(self._bar, advance=flops, description=text)
+        seconds, remaining = time.monotonic() - self._began, max(0.0, self._progress.tasks[0].remaining or 0.0)
+        if self._spent:
+            self._progress.update(self._bar, left=f"eta {clock(remaining * seconds / self._spent)}")
 
 
 def effort(one: Program) -> float:
