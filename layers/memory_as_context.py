@@ -178,7 +178,7 @@ class MemoryAsContextLayer(Layer):
         streams = [x_BWD] if c.context is not None else [self._say(x_BWD, before), x_BWD]
         L = (state.keys_BHSK.shape[2] - A) // len(streams)
         for i, stream in enumerate(streams):
-            cache = self._store(cache, stream, slot_BW, A + i * L)
+            cache = self._store(cache, stream, slot_BW, A + i * L, L)
         own_S = jnp.arange(L, dtype=jnp.int32)
         key_time_S = jnp.concatenate([jnp.zeros(A, jnp.int32), *[own_S] * len(streams)])
         y_BWHV = attention(
@@ -213,25 +213,34 @@ class MemoryAsContextLayer(Layer):
 
     def _ahead(self, before: Weights, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Keys and values of the persistent tokens and of what the memory says to the questions; [B, H, A, K] each."""
-        B = next(iter(before.values())).shape[0]
-        rows = []
+        first, kind = next(iter(before.values())), next(iter(before.values())).dtype
+        B, P = first.shape[0], self.config.persistent
+        known: list[tuple[Array, int]] = []  # [B, S, D], or [1, S, D] of what all rows have in common; and its place
         if self.persistent is not None:
-            rows.append(jnp.broadcast_to(self.persistent[...].astype(dtype)[None], (B, *self.persistent.shape)))
+            known.append((self.persistent[...].astype(dtype)[None], 0))
         if self.questions is not None:
             asked = jnp.broadcast_to(self.questions[...].astype(dtype)[None], (B, *self.questions.shape))
-            rows.append(self._say(asked, before))
-        x_BAD = jnp.concatenate(rows, 1)
-        place_BA = jnp.broadcast_to(jnp.arange(self.ahead, dtype=jnp.int32), (B, self.ahead))
-        kind = next(iter(before.values())).dtype
-        k, v = self._turned(self.key, x_BAD, place_BA), self.value(x_BAD)
-        return k.swapaxes(1, 2).astype(kind), v.swapaxes(1, 2).astype(kind)
+            known.append((self._say(asked, before), P))
+        keys, values = [], []
+        for x_BSD, place in known:
+            S = x_BSD.shape[1]
+            place_BS = jnp.broadcast_to(place + jnp.arange(S, dtype=jnp.int32), x_BSD.shape[:2])
+            for kept, a in ((keys, self._turned(self.key, x_BSD, place_BS)), (values, self.value(x_BSD))):
+                kept.append(jnp.broadcast_to(a.swapaxes(1, 2).astype(kind), (B, self.config.H, S, self.K)))
+        return jnp.concatenate(keys, 2), jnp.concatenate(values, 2)
 
-    def _store(self, cache: tuple[Array, ...], x_BWD: Array, slot_BW: Array, offset: int) -> tuple[Array, ...]:
-        k = self._turned(self.key, x_BWD, jnp.maximum(slot_BW, 0) + self.ahead)
-        S = cache[0].shape[2]
-        at_BW = jnp.where(slot_BW >= 0, offset + slot_BW, S)  # S is no place
-        put = jax.vmap(lambda ring, new, at_W: ring.at[:, at_W].set(new.astype(ring.dtype), mode="drop"))
-        return tuple(put(a, n.swapaxes(1, 2), at_BW) for a, n in zip(cache, (k, self.value(x_BWD)), strict=True))
+    def _store(self, cache: tuple[Array, ...], x_BWD: Array, slot_BW: Array, offset: int, L: int) -> tuple[Array, ...]:
+        k, W = self._turned(self.key, x_BWD, jnp.maximum(slot_BW, 0) + self.ahead), x_BWD.shape[1]
+        new = [n.swapaxes(1, 2).astype(a.dtype) for a, n in zip(cache, (k, self.value(x_BWD)), strict=True)]
+        if W == L:  # a whole segment: each token is at its place already
+            valid_BW = (slot_BW >= 0)[:, None, :, None]
+            room = slice(offset, offset + L)
+            return tuple(
+                a.at[:, :, room].set(jnp.where(valid_BW, n, a[:, :, room])) for a, n in zip(cache, new, strict=True)
+            )
+        at_BW = jnp.where(slot_BW >= 0, offset + slot_BW, cache[0].shape[2])  # the last is no place
+        put = jax.vmap(lambda ring, new, at_W: ring.at[:, at_W].set(new, mode="drop"))
+        return tuple(put(a, n, at_BW) for a, n in zip(cache, new, strict=True))
 
 
 def _average(aux: dict[str, Array], valid: Array) -> dict[str, Array]:

@@ -210,7 +210,9 @@ def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: A
             jnp.any(boundary_B & ~starts_B), functools.partial(_step, rule, begin), lambda state: state, state
         )
         state = _where(boundary_B, stepped, state)
-    state = _where(starts_B, rows(starts_B, begin), state)
+    fresh = lambda state: _where(starts_B, rows(starts_B, begin), state)  # noqa: E731
+    # Most chunks begin no document; the slope in `begin` would be a sum over all rows' states, every time.
+    state = jax.lax.cond(jnp.any(starts_B), fresh, lambda state: state, state)
     if rule.average:
         state = state._replace(
             momentum=_where(boundary_B, jax.tree.map(jnp.zeros_like, state.momentum), state.momentum)
