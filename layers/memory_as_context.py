@@ -11,6 +11,7 @@ Attention ends with the segment: what is older is in the memory alone. So segmen
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -213,21 +214,25 @@ class MemoryAsContextLayer(Layer):
 
     def _ahead(self, before: Weights, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Keys and values of the persistent tokens and of what the memory says to the questions; [B, H, A, K] each."""
-        first, kind = next(iter(before.values())), next(iter(before.values())).dtype
-        B, P = first.shape[0], self.config.persistent
-        known: list[tuple[Array, int]] = []  # [B, S, D], or [1, S, D] of what all rows have in common; and its place
-        if self.persistent is not None:
-            known.append((self.persistent[...].astype(dtype)[None], 0))
-        if self.questions is not None:
-            asked = jnp.broadcast_to(self.questions[...].astype(dtype)[None], (B, *self.questions.shape))
-            known.append((self._say(asked, before), P))
-        keys, values = [], []
-        for x_BSD, place in known:
+        some = next(iter(before.values()))
+        B, at, keys, values = len(some), 0, [], []
+        for x_BSD in self._asked(before, dtype):
             S = x_BSD.shape[1]
-            place_BS = jnp.broadcast_to(place + jnp.arange(S, dtype=jnp.int32), x_BSD.shape[:2])
-            for kept, a in ((keys, self._turned(self.key, x_BSD, place_BS)), (values, self.value(x_BSD))):
-                kept.append(jnp.broadcast_to(a.swapaxes(1, 2).astype(kind), (B, self.config.H, S, self.K)))
+            place_BS = jnp.broadcast_to(at + jnp.arange(S, dtype=jnp.int32), x_BSD.shape[:2])
+            k, v = self._turned(self.key, x_BSD, place_BS), self.value(x_BSD)
+            shape = B, self.config.H, S, self.K
+            keys.append(jnp.broadcast_to(k.swapaxes(1, 2).astype(some.dtype), shape))
+            values.append(jnp.broadcast_to(v.swapaxes(1, 2).astype(some.dtype), shape))
+            at += S
         return jnp.concatenate(keys, 2), jnp.concatenate(values, 2)
+
+    def _asked(self, before: Weights, dtype: jnp.dtype) -> Iterator[Array]:
+        """The persistent tokens, [1, S, D], which all rows have in common, and what is said to the questions."""
+        if self.persistent is not None:
+            yield self.persistent[...].astype(dtype)[None]
+        if self.questions is not None:
+            shape = len(next(iter(before.values()))), *self.questions.shape
+            yield self._say(jnp.broadcast_to(self.questions[...].astype(dtype)[None], shape), before)
 
     def _store(self, cache: tuple[Array, ...], x_BWD: Array, slot_BW: Array, offset: int, L: int) -> tuple[Array, ...]:
         k, W = self._turned(self.key, x_BWD, jnp.maximum(slot_BW, 0) + self.ahead), x_BWD.shape[1]
