@@ -11,7 +11,6 @@ Attention ends with the segment: what is older is in the memory alone. So segmen
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -179,7 +178,7 @@ class MemoryAsContextLayer(Layer):
         streams = [x_BWD] if c.context is not None else [self._say(x_BWD, before), x_BWD]
         L = (state.keys_BHSK.shape[2] - A) // len(streams)
         for i, stream in enumerate(streams):
-            cache = self._store(cache, stream, slot_BW, A + i * L, L)
+            cache = self._store(cache, stream, slot_BW, A + i * L)
         own_S = jnp.arange(L, dtype=jnp.int32)
         key_time_S = jnp.concatenate([jnp.zeros(A, jnp.int32), *[own_S] * len(streams)])
         y_BWHV = attention(
@@ -214,38 +213,25 @@ class MemoryAsContextLayer(Layer):
 
     def _ahead(self, before: Weights, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Keys and values of the persistent tokens and of what the memory says to the questions; [B, H, A, K] each."""
-        some = next(iter(before.values()))
-        B, at, keys, values = len(some), 0, [], []
-        for x_BSD in self._asked(before, dtype):
-            S = x_BSD.shape[1]
-            place_BS = jnp.broadcast_to(at + jnp.arange(S, dtype=jnp.int32), x_BSD.shape[:2])
-            k, v = self._turned(self.key, x_BSD, place_BS), self.value(x_BSD)
-            shape = B, self.config.H, S, self.K
-            keys.append(jnp.broadcast_to(k.swapaxes(1, 2).astype(some.dtype), shape))
-            values.append(jnp.broadcast_to(v.swapaxes(1, 2).astype(some.dtype), shape))
-            at += S
-        return jnp.concatenate(keys, 2), jnp.concatenate(values, 2)
-
-    def _asked(self, before: Weights, dtype: jnp.dtype) -> Iterator[Array]:
-        """The persistent tokens, [1, S, D], which all rows have in common, and what is said to the questions."""
+        B = next(iter(before.values())).shape[0]
+        rows = []
         if self.persistent is not None:
-            yield self.persistent[...].astype(dtype)[None]
+            rows.append(jnp.broadcast_to(self.persistent[...].astype(dtype)[None], (B, *self.persistent.shape)))
         if self.questions is not None:
-            shape = len(next(iter(before.values()))), *self.questions.shape
-            yield self._say(jnp.broadcast_to(self.questions[...].astype(dtype)[None], shape), before)
+            asked = jnp.broadcast_to(self.questions[...].astype(dtype)[None], (B, *self.questions.shape))
+            rows.append(self._say(asked, before))
+        x_BAD = jnp.concatenate(rows, 1)
+        place_BA = jnp.broadcast_to(jnp.arange(self.ahead, dtype=jnp.int32), (B, self.ahead))
+        kind = next(iter(before.values())).dtype
+        k, v = self._turned(self.key, x_BAD, place_BA), self.value(x_BAD)
+        return k.swapaxes(1, 2).astype(kind), v.swapaxes(1, 2).astype(kind)
 
-    def _store(self, cache: tuple[Array, ...], x_BWD: Array, slot_BW: Array, offset: int, L: int) -> tuple[Array, ...]:
-        k, W = self._turned(self.key, x_BWD, jnp.maximum(slot_BW, 0) + self.ahead), x_BWD.shape[1]
-        new = [n.swapaxes(1, 2).astype(a.dtype) for a, n in zip(cache, (k, self.value(x_BWD)), strict=True)]
-        if W == L:  # a whole segment: each token is at its place already
-            valid_BW = (slot_BW >= 0)[:, None, :, None]
-            room = slice(offset, offset + L)
-            return tuple(
-                a.at[:, :, room].set(jnp.where(valid_BW, n, a[:, :, room])) for a, n in zip(cache, new, strict=True)
-            )
-        at_BW = jnp.where(slot_BW >= 0, offset + slot_BW, cache[0].shape[2])  # the last is no place
-        put = jax.vmap(lambda ring, new, at_W: ring.at[:, at_W].set(new, mode="drop"))
-        return tuple(put(a, n, at_BW) for a, n in zip(cache, new, strict=True))
+    def _store(self, cache: tuple[Array, ...], x_BWD: Array, slot_BW: Array, offset: int) -> tuple[Array, ...]:
+        k = self._turned(self.key, x_BWD, jnp.maximum(slot_BW, 0) + self.ahead)
+        S = cache[0].shape[2]
+        at_BW = jnp.where(slot_BW >= 0, offset + slot_BW, S)  # S is no place
+        put = jax.vmap(lambda ring, new, at_W: ring.at[:, at_W].set(new.astype(ring.dtype), mode="drop"))
+        return tuple(put(a, n.swapaxes(1, 2), at_BW) for a, n in zip(cache, (k, self.value(x_BWD)), strict=True))
 
 
 def _average(aux: dict[str, Array], valid: Array) -> dict[str, Array]:

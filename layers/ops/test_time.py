@@ -211,7 +211,7 @@ def _turn(rule: Rule, state: State, begin: State, starts_B: Array, boundary_B: A
         )
         state = _where(boundary_B, stepped, state)
     fresh = lambda state: _where(starts_B, rows(starts_B, begin), state)  # noqa: E731
-    # Most chunks begin no document; the slope in `begin` would be a sum over all rows' states, every time.
+    # Most chunks begin no document; without the condition each sums over all rows' states, for the slope in `begin`.
     state = jax.lax.cond(jnp.any(starts_B), fresh, lambda state: state, state)
     if rule.average:
         state = state._replace(
