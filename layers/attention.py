@@ -137,6 +137,7 @@ class AttentionLayer(Layer):
                 key_time=time_BT,
                 since=since_BT,
                 window=self.config.window,
+                ordered=True,
             )
         else:
             y_BTHV, state = remember(attend, q_BTHK, k_BTGK, v_BTGV, tokens.pos_BT, state, self.config.window)

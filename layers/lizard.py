@@ -146,7 +146,8 @@ class LizardLayer(Layer):
         if cache is not None:
             return remember(self._attend, q, k, v, pos_BT, cache, c.window)
         time_BT, since_BT = number(pos_BT, 0, 0)
-        y = self._attend(q, k, v, query_time=time_BT, key_time=time_BT, since=since_BT, window=c.window)
+        times = {"query_time": time_BT, "key_time": time_BT, "since": since_BT, "ordered": True}
+        y = self._attend(q, k, v, window=c.window, **times)
         return y, None
 
     def _attend(self, q_BTHK: Array, k: Array, v: Array, **how: Any) -> Array:

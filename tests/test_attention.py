@@ -231,6 +231,32 @@ def test_nothing_grows_with_the_square_of_length():
     assert long_bytes <= 4096 * 4096 * 4 / 10
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("documents", [False, True])
+def test_what_cudnn_is_asked_for_is_the_definition(monkeypatch, documents: bool, window: int | None):
+    """Its mask, order and window, read by JAX's own attention; documents and padding within the rows."""
+    asked = []
+
+    def plain(*args, implementation: str, **how):
+        asked.append(implementation)
+        return real(*args, implementation="xla", **how)
+
+    real = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    (q, k, v, dy), times = arrays(Case(65, H=4, G=2, documents=documents), np.float32)
+
+    def pulled(**how):
+        y, pull = jax.vjp(lambda *qkv: attention(*qkv, window=window, **times, **how), q, k, v)
+        return y, *pull(dy)
+
+    for got, want in zip(pulled(implementation="cudnn", ordered=True), pulled(implementation="naive"), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    assert asked == ["cudnn"]
+
+
+TIMES = dict.fromkeys(("query_time", "key_time"), np.zeros((2, 8), np.int32))
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [
@@ -242,6 +268,8 @@ def test_nothing_grows_with_the_square_of_length():
         (dict(query_time=np.zeros((2, 8), np.int32)), "come together"),
         (dict(implementation="fast"), "'fast'"),
         (dict(implementation="cudnn", v=np.zeros((2, 8, 2, 4))), "cudnn"),
+        (dict(implementation="cudnn", **TIMES), "cudnn knows no times out of order"),
+        (dict(ordered=True, **(TIMES | dict.fromkeys("kv", np.zeros((2, 9, 2, 8))))), "not the same tokens"),
     ],
 )
 def test_says_what_is_wrong(change: dict, complaint: str):

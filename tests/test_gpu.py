@@ -12,6 +12,7 @@ from test_recurrence import KINDS, documents, inputs, run, worst
 
 import layers
 from configs import quickstart
+from layers.attention import number
 from layers.layer import LayerConfig, Tokens
 from layers.ops.attention import attention
 from models.parameters import flatten
@@ -43,15 +44,22 @@ def test_recurrences_with_bfloat16_operands(family: str, decay: str) -> None:
     assert worst(exact, run(rounded, "auto")) < 0.02
 
 
+@pytest.mark.parametrize("rows", ["plain", "documents", "padding"])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("implementation", ["cudnn", "blocks", "auto"])
-def test_attention_against_the_definition(implementation: str, window: int | None) -> None:
+def test_attention_against_the_definition(implementation: str, window: int | None, rows: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v, dy = (rng.normal(size=(2, 512, h, 64)).astype(np.float32) for h in (4, 2, 2, 4))
+    times: dict[str, Array] = {}
+    if rows != "plain":
+        gaps = ((90, 120), (500, 512)) if rows == "padding" else ()
+        pos_BT = np.stack([pad(places(512, 100, 101, 300), *gaps), places(512, 400)])
+        time_BT, since_BT = number(jnp.asarray(pos_BT), 0, 0)
+        times = {"query_time": time_BT, "key_time": time_BT, "since": since_BT}
 
     def graded(dtype: jnp.dtype, name: str) -> list[Array]:
         def loss(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            y = attention(q, k, v, window=window, implementation=name)
+            y = attention(q, k, v, window=window, implementation=name, ordered=True, **times)
             return jnp.sum(y.astype(jnp.float32) * dy), y
 
         arguments = [jnp.asarray(a, dtype) for a in (q, k, v)]

@@ -8,7 +8,8 @@ query a span of times, and key s is visible to query t iff
 Three schedules of the same sum. "naive" is the definition, with all T·S scores at once. "blocks" keeps T·block of them:
 an online softmax over blocks of keys (Milakov & Gimelshein 2018, arXiv 1805.02867) whose backward pass recomputes the
 weights from the log-sum-exp (Dao et al. 2022, arXiv 2205.14135); which blocks of keys meet which blocks of queries
-follows from the times, so that what no query of a block may see costs nothing. "cudnn" calls NVIDIA's kernel.
+follows from the times, so that what no query of a block may see costs nothing. "cudnn" calls NVIDIA's kernel, with a
+mask of T·S where times are given.
 """
 
 import functools
@@ -25,6 +26,7 @@ from layers.ops.precision import wide
 from layers.ops.sequence import by_pieces, in_pieces
 
 NEVER = jnp.iinfo(jnp.int32).max
+MASK = 2**29  # entries of a mask (two bytes each, and as many for a slope that nobody reads) that cuDNN may be given
 
 
 def attention(
@@ -38,6 +40,7 @@ def attention(
     since: Array | None = None,
     window: int | None = None,
     head_major: bool = False,
+    ordered: bool = False,
     always: tuple[Array, Array, Array] | None = None,
     block: int | None = None,
     implementation: str = "auto",
@@ -52,10 +55,13 @@ def attention(
     window: a query sees the keys of its own and the window - 1 times before; None = all.
     always: (queries [B,T,H,K], keys [B,P,G,K], values [B,P,G,V]) of P more keys, which every query sees whatever the
         times, under the same softmax, and meets with queries of their own.
+    ordered: the times of queries and of keys (S = T) are the same and rise from left to right, padding aside, so that a
+        kernel may leave out the keys to the right of a query.
     head_major: keys and values come as [B,G,S,K] and [B,G,S,V], the layout in which caches are read at full speed.
     block: queries and keys in a block of "blocks"; None = 128 on CPU (scores stay in the core's cache), else 512.
-    implementation: "naive" | "blocks" | "cudnn" | "auto". cudnn knows neither times nor `always`, and asks for a GPU,
-        bfloat16 or float16, and V = K; auto takes it where it fits, else naive where scores are few, else blocks.
+    implementation: "naive" | "blocks" | "cudnn" | "auto". cudnn knows no times but ordered ones, and no `always`, and
+        asks for a GPU, bfloat16 or float16, and V = K; auto takes it where it fits (of a mask no more than a GiB), else
+        naive where scores are few, else blocks.
 
     Statistics and sums are float32 (float64 for float64 inputs). "blocks" is differentiable once, in reverse.
     Raises ValueError for sizes that do not agree, times given by half, an unknown or unfit implementation.
@@ -74,6 +80,8 @@ def attention(
         raise ValueError("attention: query_time and key_time come together, and since only with them")
     if query_time is None and S != T:
         raise ValueError(f"attention: {T} queries and {S} keys need query_time and key_time")
+    if ordered and S != T:
+        raise ValueError(f"attention: {T} queries and {S} keys are not the same tokens, as `ordered` says")
     plain = query_time is None
     if in_pieces(T) and S == T and not head_major:
         if query_time is None or key_time is None:
@@ -81,28 +89,30 @@ def attention(
         settings = {"scale": scale, "window": window, "block": block, "implementation": implementation}
         return _in_pieces(q_BTHK, k_BSGK, v_BSGV, query_time, key_time, since, always, settings)
     if implementation == "auto":
-        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, plain and always is None)
+        known = plain or (ordered and B * T * S <= MASK)
+        implementation = _choose(q_BTHK, k_BSGK, v_BSGV, T, S, known and always is None)
 
     dtype = q_BTHK.dtype if q_BTHK.dtype == k_BSGK.dtype == v_BSGV.dtype else wide(q_BTHK, k_BSGK, v_BSGV)
     q, k, v = (a.astype(dtype) for a in (q_BTHK, k_BSGK, v_BSGV))
     scale = K**-0.5 if scale is None else scale
-    if implementation == "cudnn":
-        if not plain or K != V or always is not None:
-            raise ValueError("attention: cudnn knows no times, values wider than keys, or `always`; use 'blocks'")
-        if head_major:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
-        ).astype(q_BTHK.dtype)
-
-    if not head_major:
+    if implementation == "cudnn" and (not (plain or ordered) or K != V or always is not None):
+        raise ValueError("attention: cudnn knows no times out of order, V unlike K, or `always`; use 'blocks'")
+    if (implementation == "cudnn") == head_major:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if query_time is None or key_time is None:
         query_time = key_time = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     earliest = jnp.zeros((B, T), jnp.int32) if since is None else jnp.maximum(since, 0)
     if window is not None:
         earliest = jnp.maximum(earliest, query_time - (window - 1))
+    if implementation == "cudnn":
+        kernel = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn")
+        if plain:
+            local = None if window is None else (window - 1, 0)
+            return kernel(q, k, v, local_window_size=local).astype(q_BTHK.dtype)
+        # The kernel's own window would count padding, too.
+        visible_BTS = _visible(query_time, earliest, key_time)
+        y_BTHV = kernel(q, k, v, mask=visible_BTS[:, None])
+        return jnp.where(visible_BTS.any(-1)[..., None, None], y_BTHV, 0).astype(q_BTHK.dtype)
     if implementation == "naive":
         y_BTHV, mass_BTH = _naive(q, k, v, query_time, earliest, key_time, scale)
     elif implementation == "blocks":
@@ -184,6 +194,12 @@ def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> s
     return "naive" if T == 1 or T * S < 256 * 256 else "blocks"
 
 
+def _visible(latest_BT: Array, earliest_BT: Array, key_time_BS: Array) -> Array:
+    """Which keys a query sees: the rule of this module, bool [B,T,S]."""
+    time_B1S = key_time_BS[:, None, :]
+    return (earliest_BT[:, :, None] <= time_B1S) & (time_B1S <= latest_BT[:, :, None])
+
+
 def _naive(
     q_BTHK: Array,
     k_BGSK: Array,
@@ -199,8 +215,7 @@ def _naive(
     # The queries of a group as rows of one matrix: a form of product for which no backend turns a cache around.
     q_BGRK = rearrange(q_BTHK, "b t (g h) k -> b g (h t) k", g=G)
     s_BGRS = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, k_BGSK, preferred_element_type=kind) * scale
-    time_B1S = key_time_BS[:, None, :]
-    visible_BTS = (earliest_BT[:, :, None] <= time_B1S) & (time_B1S <= latest_BT[:, :, None])
+    visible_BTS = _visible(latest_BT, earliest_BT, key_time_BS)
     s_BHTS = jnp.where(visible_BTS[:, None], s_BGRS.reshape(B, H, T, S), -jnp.inf)
     # A finite maximum keeps exp(-inf - max) at 0, with a zero gradient, where nothing is visible.
     top_BHT1 = lax.stop_gradient(jnp.maximum(s_BHTS.max(-1, keepdims=True), jnp.finfo(kind).min))
