@@ -190,6 +190,7 @@ def _shares(workers: int) -> list[list[int]]:
 def main(arguments: list[str]) -> int:
     """A worker: what to train comes by standard input, and what is said goes to standard output."""
     cores, folder, name, *flags = arguments
+    keep_heap()  # before XLA has threads: each would come with an arena of its own, of which nothing is kept
     if cores:
         os.sched_setaffinity(0, set(map(int, cores.split(","))))
     lines = os.fdopen(os.dup(1), "w")
@@ -218,7 +219,6 @@ def main(arguments: list[str]) -> int:
         if busy.is_set():  # whoever gave it is gone
             os.kill(os.getpid(), signal.SIGTERM)
 
-    keep_heap()
     with Stop() as stop:
         threading.Thread(target=listen, daemon=True).start()
         while line := orders.get():

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from training.heap import cpu_alone, keep_heap
+
 
 def failed(error: object, status: int = 2) -> int:
     """Says an error; returns the exit status."""
@@ -14,6 +16,8 @@ def failed(error: object, status: int = 2) -> int:
 
 def enter(main: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     """Calls a door's `main` with the command line. interrupted: what is said, after that word, at Ctrl-C."""
+    if cpu_alone():
+        keep_heap()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

@@ -84,7 +84,7 @@ def prepare(experiment: Experiment) -> Job:
         raise ValueError(
             f"model.W is {experiment.model.W}, but the data has {dataset.words} words: use --model.W {dataset.words}"
         )
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu":  # a door has done it before XLA had threads, unless it could not know
         keep_heap()
     layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T, parts=experiment.train.accumulate)
     program = build_program(experiment, dataset, layout)
