@@ -35,7 +35,6 @@ from probes.tasks.task import Probe
 from training.checkpoint import Checkpoints
 from training.data import DataConfig, Dataset
 from training.experiment import Experiment
-from training.heap import keep_heap
 from training.log import clock
 from training.run import flatten_state, unflatten_state
 from training.settings import ConfigError
@@ -135,8 +134,6 @@ def run(work: Work, only: Sequence[str] = ()) -> int:
 
     Raises Stopped after SIGTERM, SIGINT or SIGUSR1, when the state of the program under way is on the disk.
     """
-    if jax.default_backend() == "cpu":
-        keep_heap()
     if not (todo := programs(work, only)):
         return 0
     with Stop() as stop, Bar(work, todo) as bar:

@@ -9,7 +9,6 @@ from training.heap import cpu_alone
 
 MAIN = """
 import resource
-import sys
 from training.door import enter
 
 def main(arguments):

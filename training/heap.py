@@ -16,8 +16,8 @@ def keep_heap() -> bool:
     the system, and every page costs a fault. For the quickstart model that is a fifth of the step's CPU time (142,000
     faults a step before, none after). The price is a resident set that stays at its peak.
 
-    Call it before XLA has threads, at a process's begin: a thread that has allocated has an arena of its own, from
-    which what is large comes fresh and goes back whatever was said.
+    Call it at a process's begin. Once JAX has a backend it comes too late: a thread that has allocated has an arena of
+    its own, from which what is large comes fresh and goes back whatever was said.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -29,7 +29,6 @@ from training.checkpoint import CheckpointError, Checkpoints
 from training.data import NOT_ASKED, DataError, Dataset
 from training.evaluate import evaluate
 from training.experiment import Experiment
-from training.heap import keep_heap
 from training.layout import Layout, build_layout
 from training.lock import RunLock
 from training.log import METRICS, Log, NoLog, Progress
@@ -84,8 +83,6 @@ def prepare(experiment: Experiment) -> Job:
         raise ValueError(
             f"model.W is {experiment.model.W}, but the data has {dataset.words} words: use --model.W {dataset.words}"
         )
-    if jax.default_backend() == "cpu":  # a door has done it before XLA had threads, unless it could not know
-        keep_heap()
     layout = build_layout(experiment.mesh, experiment.data.B, experiment.data.T, parts=experiment.train.accumulate)
     program = build_program(experiment, dataset, layout)
     return Job(

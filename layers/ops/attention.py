@@ -185,10 +185,10 @@ def _before(a: Array, count: int) -> Array:
     return jnp.concatenate(parts, 1) if parts else a[:, :0]
 
 
-def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, plain: bool) -> str:
+def _choose(q_BTHK: Array, k: Array, v: Array, T: int, S: int, known: bool) -> str:
     K = q_BTHK.shape[-1]
     half = all(a.dtype == q_BTHK.dtype and a.dtype in (jnp.bfloat16, jnp.float16) for a in (q_BTHK, k, v))
-    fits = plain and half and v.shape[-1] == K and K % 8 == 0 and K <= 128 and T % 64 == 0
+    fits = known and half and v.shape[-1] == K and K % 8 == 0 and K <= 128 and T % 64 == 0
     if fits and jax.default_backend() == "gpu":
         return "cudnn"
     return "naive" if T == 1 or T * S < 256 * 256 else "blocks"
