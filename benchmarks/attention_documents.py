@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks.pair import timed
 from layers.attention import number
 from layers.ops.attention import attention
 
@@ -33,15 +34,12 @@ def documents(B: int, T: int, rng: np.random.Generator) -> np.ndarray:
 
 def least(function: Callable[..., object], *arguments: Array) -> float:
     """Milliseconds of a call, of the best burst; the first call compiles."""
+
+    def burst() -> None:
+        jax.block_until_ready([function(*arguments) for _ in range(5)])
+
     jax.block_until_ready(function(*arguments))
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(5):
-            out = function(*arguments)
-        jax.block_until_ready(out)
-        best = min(best, (time.perf_counter() - start) / 5)
-    return 1e3 * best
+    return min(timed(burst, 0, time.perf_counter) for _ in range(6)) / 5
 
 
 def main() -> None:
