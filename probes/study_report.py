@@ -94,7 +94,7 @@ def summary(found: Sequence[Result], said: Sequence[Verdict]) -> str:
             f"Cells were matched in {kinds}; the largest miss is {abs(matched.off):.1%}"
             + (f" ({result.name}, {QUANTITIES[matched.what]})." if matched.off else ".")
         )
-    lines.append(f"All of it took {_time(sum(row['cpu_seconds'] for row in rows))}.")
+    lines.append(f"Training took {_time(sum(row['cpu_seconds'] for row in rows))}.")
     return " ".join(lines)
 
 

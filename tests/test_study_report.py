@@ -326,7 +326,7 @@ def test_the_paragraph_says_the_numbers(written):
         f"The best cell is {first}, with accuracy 0.850; the last is b, with 0.550: they are 0.300 apart. "
         "Seeds of a cell are 0.100 apart at the median of cells, and 0.100 at most. "
         "Of 3 claims: 1 seen, 1 not testable here, 1 not trained yet. "
-        "Cells were matched in parameters; the largest miss is 3.0% (c, parameters). All of it took 16 CPU seconds."
+        "Cells were matched in parameters; the largest miss is 3.0% (c, parameters). Training took 16 CPU seconds."
     )
 
 
@@ -337,7 +337,7 @@ def test_a_study_of_one_has_no_plurals(tmp_path):
     assert (
         "1 cell was trained, 1 of 1 arm: 80 steps of 2,048 tokens each, 163,840 tokens in all. a has accuracy 0.500. "
         "There is one seed of each setting, so nothing is known of the spread over seeds. "
-        "All of it took 1 CPU second.\n"
+        "Training took 1 CPU second.\n"
     ) in said
     assert "## Claims" not in said and not (tmp_path / "settings.png").exists()
 
